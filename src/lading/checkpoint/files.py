@@ -1,0 +1,315 @@
+"""Every file that lading opens is opened here (a test reads the sources and holds us to it).
+
+What lives here: whole small files (JSON, headers), `ByteReader` for the payload, torch's own files,
+and the few writers that other rooms need. What the bytes mean is not known here. An error of the
+operating system becomes a FileError with the system's own words and the file as its subject.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pickle import UnpicklingError
+from types import TracebackType
+from typing import Any
+
+from lading.checkpoint.header import PREFIX_BYTES, Header, header_length, parse_header
+from lading.errors import (
+    CallError,
+    CheckpointError,
+    ConfigError,
+    FileError,
+    HeaderError,
+    LadingError,
+)
+
+__all__ = [
+    "ByteReader",
+    "copy_file",
+    "file_size",
+    "list_folder",
+    "load_torch_file",
+    "read_header",
+    "read_json",
+    "write_json",
+]
+
+Path = str | os.PathLike[str]
+
+_MIB = 1 << 20
+_MAX_CALL_BYTES = 1 << 30  # one preadv moves at most 2^31 - 4096 bytes on Linux; macOS refuses more
+
+
+def read_json(
+    path: Path,
+    *,
+    name: str | None = None,
+    error: type[LadingError] = ConfigError,
+    limit_bytes: int = 64 * _MIB,
+) -> Any:
+    """The JSON value in a file. NaN and Infinity are taken: configs of Mamba models have them.
+
+    name    what errors call the file; its path unless given
+    error   the class raised for bytes that are not JSON, or an object that gives one key two values
+
+    Raises FileError for a file that cannot be read or is longer than `limit_bytes`.
+    """
+    name = os.fspath(path) if name is None else name
+    with _opened(path, name) as (fd, size):
+        if size > limit_bytes:
+            raise FileError(
+                f"is {size} bytes, at most {limit_bytes} are read as JSON", subject=name
+            )
+        raw = bytearray(size)
+        _read_exact(fd, memoryview(raw), 0, name, size)
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_without_conflict)
+    except UnicodeDecodeError as bad:
+        fact = f"is not UTF-8 (byte {bad.start} is 0x{raw[bad.start]:02x})"
+    except json.JSONDecodeError as bad:
+        fact = f"is not JSON ({bad.msg} at line {bad.lineno}, column {bad.colno})"
+    except RecursionError:
+        fact = "is JSON nested too deeply"
+    except ValueError as bad:  # a key with two values, an integer with thousands of digits
+        fact = f"is not usable JSON ({bad})"
+    raise error(fact, subject=name)
+
+
+def read_header(path: Path, *, name: str | None = None) -> Header:
+    """The checked header of a safetensors file; nothing else of the file is read.
+
+    Raises FileError, or HeaderError with `name` (the path unless given) as its file.
+    """
+    name = os.fspath(path) if name is None else name
+    with _opened(path, name) as (fd, size):
+        prefix = bytearray(min(PREFIX_BYTES, size))
+        _read_exact(fd, memoryview(prefix), 0, name, size)
+        try:
+            raw = bytearray(header_length(bytes(prefix), size))
+            _read_exact(fd, memoryview(raw), PREFIX_BYTES, name, size)
+            return parse_header(bytes(raw), size)
+        except HeaderError as error:
+            error.located(file=name)
+            raise
+
+
+class ByteReader:
+    """Bytes of the files of one folder, at any offset, from any number of threads.
+
+    folder       where they are
+    file_bytes   the size that each file had when its header was read; a file of another size is
+                 another file, and is refused
+
+    Each file is opened at its first read and stays open until `close`, which must come after the
+    last read has returned. `bytes_read` counts what was delivered.
+    """
+
+    def __init__(self, folder: str, file_bytes: Mapping[str, int]) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self._file_bytes = dict(file_bytes)
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the bytes of `file` from byte `offset` on.
+
+        Raises FileError where the file is gone, has another size, ends early or cannot be read.
+        """
+        view = buffer.cast("B")
+        fd = self._fds.get(file)
+        if fd is None:
+            fd = self._open(file)
+        _read_exact(fd, view, offset, file, self._file_bytes[file])
+        with self._lock:
+            self.bytes_read += view.nbytes
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
+
+    def __enter__(self) -> ByteReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self, file: str) -> int:
+        with self._lock:
+            if self._closed:
+                raise CallError("the reader is closed", subject=file)
+            if file not in self._file_bytes:
+                raise CallError("is not a file of this checkpoint", subject=file)
+            if file not in self._fds:  # another thread may have been first
+                fd, size = _open(os.path.join(self.folder, file), file)
+                if size != self._file_bytes[file]:
+                    os.close(fd)
+                    raise _changed(file, size, self._file_bytes[file])
+                self._fds[file] = fd
+            return self._fds[file]
+
+
+def load_torch_file(path: Path, *, name: str, file_bytes: int | None = None) -> Any:
+    """The object in a file of torch.save, its tensors mapped from the file, not read.
+
+    Nothing in the file is run: torch's restricted unpickler knows tensors and containers only.
+    Raises CheckpointError for a file that needs more than that, FileError for one that is damaged,
+    cannot be read, or is not `file_bytes` long.
+    """
+    import torch
+
+    with _opened(path, name) as (fd, size):
+        if file_bytes is not None and size != file_bytes:
+            raise _changed(name, size, file_bytes)
+        magic = os.pread(fd, 8, 0)
+    if not magic.startswith(b"PK\x03\x04"):
+        raise CheckpointError(
+            "is not a zip archive, needs the format that torch.save has written since torch 1.6",
+            subject=name,
+            hint="git lfs pull" if magic == b"version " else "convert it to safetensors",
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            "holds Python objects that are not tensors, and loading them could run any code; "
+            "needs tensors only",
+            subject=name,
+            hint="convert it to safetensors where you trust it",
+        ) from error
+    except OSError as error:
+        raise _os_error("opened", error, name) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch and its unpickler raise all kinds for a damaged file
+        words = str(error).partition("\n")[0]
+        raise FileError(f"is not a file of torch.save ({words})", subject=name) from error
+
+
+def list_folder(path: Path) -> tuple[str, ...]:
+    """The names in a folder, sorted. Raises FileError."""
+    try:
+        return tuple(sorted(os.listdir(path)))
+    except (OSError, ValueError) as error:
+        raise _os_error("listed", error, os.fspath(path)) from error
+
+
+def file_size(path: Path) -> int | None:
+    """The size of a file in bytes, None where there is none (a link to nothing included)."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file; readers see the old one or the new one, never half. Raises FileError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+    def write(temporary: str) -> None:
+        with open(temporary, "x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    _replace(os.fspath(path), write)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies the bytes of a file; `target` is the old one or the new one, never half.
+
+    Raises FileError.
+    """
+    _replace(os.fspath(target), lambda temporary: shutil.copyfile(source, temporary))
+
+
+def _replace(path: str, write: Callable[[str], object]) -> None:
+    # In the same folder, because a rename is atomic only within one file system.
+    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+    except (OSError, shutil.Error) as error:
+        raise _os_error("written", error, path) from error
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[tuple[int, int]]:
+    fd, size = _open(path, name)
+    try:
+        yield fd, size
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path, name: str) -> tuple[int, int]:
+    """A descriptor and the size of a regular file."""
+    try:
+        # Without O_NONBLOCK a named pipe would wait here for its writer; files do not notice it.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: NUL or a surrogate in the name
+        raise _os_error("opened", error, name) from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
+        raise FileError(f"is {kind}, needs a file", subject=name)
+    return fd, status.st_size
+
+
+def _read_exact(fd: int, view: memoryview, offset: int, name: str, file_bytes: int) -> None:
+    """Fills `view`. Reads may be short (network file systems, signals); Python repeats on EINTR."""
+    done = 0
+    while done < view.nbytes:
+        try:
+            count = os.preadv(fd, [view[done : done + _MAX_CALL_BYTES]], offset + done)
+        except OSError as error:
+            raise _os_error(f"read at offset {offset + done}", error, name) from error
+        if count == 0:
+            raise FileError(
+                f"needs {view.nbytes} bytes at offset {offset}, the file ended after {done} "
+                f"(it was {file_bytes} bytes when the plan was made)",
+                subject=name,
+            )
+        done += count
+
+
+def _without_conflict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # A key repeated with the same value is only untidy; with another value, one would be lost.
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        for key, value in pairs:
+            if tree[key] != value:
+                raise ValueError(f"key {key!r} has two values")
+    return tree
+
+
+def _changed(name: str, size: int, planned: int) -> FileError:
+    fact = (
+        f"is {size} bytes, needs {planned} (its size when the plan was made; it has changed since)"
+    )
+    return FileError(fact, subject=name, hint="plan again")
+
+
+def _os_error(verb: str, error: OSError | ValueError, name: str) -> FileError:
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return FileError(f"cannot be {verb}: {words}", subject=name)

@@ -1,0 +1,363 @@
+"""How a parameter is made of parts and cut across ranks: the one arithmetic of packed, scaled and
+padded dims. Pure: no torch, no formats, no files.
+
+A parallel layer has two axes, its outputs and its inputs, in logical elements (rows of the weight,
+columns of it). Each tensor of the layer lies along one or both: a `Cut` says along which axis a dim
+runs and how many logical elements one stored entry covers (its grain). A `Layout` is one Cut a dim.
+From it follow, for any number of ranks, the shape of each checkpoint tensor, the local shape, and
+which box of the file goes to which box of the parameter.
+
+Letters: T = tp_size, r = tp_rank, P = pieces of a part, g = grain, O = outputs, I = inputs.
+
+    part of n elements, P pieces:  piece p holds p*n/P : (p+1)*n/P; rank r keeps piece r // (T / P)
+    stored entries of a:b          a/g : b/g, and both divide exactly, or it is a LayoutError
+
+Example: 32 q heads and 8 KV heads of 128 at T = 16: q has 16 pieces of 256 rows; k and v have 8 pieces
+of 128 rows, each kept by 2 neighbouring ranks. In int4 packed along the outputs (g = 8) that is
+32 + 16 + 16 entries a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+
+from lading.errors import LayoutError
+from lading.regions import Region
+
+__all__ = ["Axis", "Cut", "Layout", "Part", "Placement", "entries", "piece_of", "span_of_piece"]
+
+Span = tuple[int, int]
+PartName = str | int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One checkpoint tensor inside a (fused) parameter, along one axis. Lengths are logical elements.
+
+    name        'q', 'k', 0, ...; None where the parameter has one part only
+    size        n, over all ranks
+    max_pieces  at most so many distinct pieces: None = one a rank (cut), num_kv_heads = shared by
+                neighbouring ranks when there are more ranks, 1 = replicated
+    unit        elements that must stay together, e.g. head_dim: a piece is a multiple of it
+    unit_name   what a unit is called in messages: "q heads"; "" = rows or columns, as the dim is
+    pad_to      the size is padded up to a multiple of this and of T; 0 = never padded
+    """
+
+    name: PartName = None
+    size: int
+    max_pieces: int | None = None
+    unit: int = 1
+    unit_name: str = ""
+    pad_to: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or self.unit < 1 or self.pad_to < 0:
+            raise LayoutError(
+                f"part of {self.size} elements in units of {self.unit}, needs positive numbers",
+                part=self.name,
+            )
+        if self.max_pieces is not None and self.max_pieces < 1:
+            raise LayoutError(f"has {self.max_pieces} pieces, needs at least 1", part=self.name)
+        if self.size % self.unit:
+            raise LayoutError(
+                f"has {self.size} elements, needs a multiple of {self.unit} (one of its {self.unit_name or 'units'})",
+                part=self.name,
+            )
+
+    def padding(self, tp_size: int) -> int:
+        """Elements that no checkpoint tensor has, after the last one."""
+        return -self.size % lcm(self.pad_to, tp_size) if self.pad_to else 0
+
+    def pieces(self, tp_size: int, word: str = "elements") -> int:
+        """P: how many distinct pieces T ranks hold. Raises a LayoutError where they would be unequal.
+
+        word   what an element is called in the message, where the part has no name for its units
+        """
+        limit = tp_size if self.max_pieces is None else self.max_pieces
+        count = min(tp_size, limit)
+        units = (self.size + self.padding(tp_size)) // self.unit
+        word = self.unit_name or word
+        if units % count:
+            raise LayoutError(
+                f"TP {tp_size} does not cut {units} {word} into {count} equal pieces: "
+                f"{units} = {count} * {units // count} + {units % count}",
+                part=self.name,
+                hint=suggest_tp(self.divides, tp_size),
+            )
+        if tp_size % count:
+            raise LayoutError(
+                f"TP {tp_size} does not share {count} {word} among neighbouring ranks: "
+                f"{tp_size} = {count} * {tp_size // count} + {tp_size % count}",
+                part=self.name,
+                hint=suggest_tp(self.divides, tp_size),
+            )
+        return count
+
+    def divides(self, tp_size: int) -> bool:
+        """Whether T ranks can hold equal pieces."""
+        count = min(tp_size, tp_size if self.max_pieces is None else self.max_pieces)
+        return not ((self.size + self.padding(tp_size)) // self.unit % count or tp_size % count)
+
+    def span(self, tp_rank: int, tp_size: int) -> Span:
+        """What rank r keeps, in the part's own padded coordinates."""
+        pieces = self.pieces(tp_size)
+        size = self.size + self.padding(tp_size)
+        return span_of_piece(size, pieces, piece_of(tp_rank, tp_size, pieces))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One axis of a layer: its parts, side by side. Most axes have one part without a name.
+
+    name   what its length is called in messages: "out_features", "in_features", "vocabulary size"
+    """
+
+    parts: tuple[Part, ...]
+    name: str = ""
+
+    @staticmethod
+    def of(size: int, *, max_pieces: int | None = None, name: str = "") -> Axis:
+        """An axis of one part."""
+        return Axis(parts=(Part(size=size, max_pieces=max_pieces),), name=name)
+
+    @property
+    def size(self) -> int:
+        """Logical elements of all parts, without padding."""
+        return sum(part.size for part in self.parts)
+
+    def local_size(self, tp_size: int) -> int:
+        """Logical elements that each rank keeps, with padding."""
+        return sum(stop - start for start, stop in (p.span(0, tp_size) for p in self.parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How one dim of a tensor runs along an axis.
+
+    grain    g: logical elements per stored entry. 8 for int4 in int32, 128 for a block scale,
+             Fraction(32, 3) for 3-bit, Fraction(1, 2) where an element takes two entries
+    ragged   whether the last entry of a part may cover fewer elements (block scales)
+    reason   why the grain is what it is, for messages: "int4 packs 8 rows per int32 entry"
+    """
+
+    axis: Axis
+    grain: Fraction = Fraction(1)
+    ragged: bool = False
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.grain <= 0:
+            raise LayoutError(f"has a grain of {self.grain}, needs a positive number")
+
+    def num_entries(self, size: int) -> int:
+        """Stored entries of `size` logical elements from an entry's start."""
+        return entries(0, size, self, size)[1]
+
+    def check(self, part: Part, tp_size: int, word: str) -> None:
+        """Raises a LayoutError where a piece of the part is no whole number of entries."""
+        pieces = part.pieces(tp_size, word)
+        padded = part.size + part.padding(tp_size)
+        piece = padded // pieces
+        if self._fits(part, tp_size):
+            return
+        unit = self.grain.numerator
+        found = (
+            f"TP {tp_size} cuts {padded} {word} into {piece} per rank"
+            if pieces > 1
+            else f"has {piece} {word}"
+        )
+        reason = self.reason or f"one stored entry covers {self.grain} {word}"
+        raise LayoutError(
+            f"{found}; {reason} and {piece} = {piece // unit} * {unit} + {piece % unit}",
+            part=part.name,
+            hint=suggest_tp(lambda t: part.divides(t) and self._fits(part, t), tp_size),
+        )
+
+    def _fits(self, part: Part, tp_size: int) -> bool:
+        padded = part.size + part.padding(tp_size)
+        pieces = part.pieces(tp_size)
+        return padded // pieces % self.grain.numerator == 0 or (self.ragged and pieces == 1)
+
+
+def piece_of(tp_rank: int, tp_size: int, pieces: int) -> int:
+    """Which piece rank r keeps: r // (T / P)."""
+    return tp_rank // (tp_size // pieces)
+
+
+def span_of_piece(size: int, pieces: int, piece: int) -> Span:
+    """Where piece p of P lies in `size` elements. Raises a LayoutError where they do not divide."""
+    if size % pieces:
+        raise LayoutError(
+            f"{size} elements are not {pieces} equal pieces: {size} = {pieces} * {size // pieces} + {size % pieces}"
+        )
+    length = size // pieces
+    return piece * length, (piece + 1) * length
+
+
+def entries(start: int, stop: int, cut: Cut, end: int) -> Span:
+    """The stored entries of logical elements start:stop, exactly, or a LayoutError.
+
+    `end` is where the part ends: there, and only there, a ragged grain may round up.
+    """
+    if cut.grain.numerator == cut.grain.denominator:
+        return start, stop
+    first = start / cut.grain
+    last = stop / cut.grain
+    if cut.ragged and stop == end:
+        last = Fraction(-(-last.numerator // last.denominator))
+    for value, at in ((first, start), (last, stop)):
+        if value.denominator != 1:
+            raise LayoutError(
+                f"element {at} is inside a stored entry: "
+                f"{cut.reason or f'one entry covers {cut.grain} elements'}"
+            )
+    return int(first), int(last)
+
+
+def suggest_tp(fits: Callable[[int], bool], asked: int) -> str | None:
+    """'TP 1, 2, 4 or 5': the sizes up to the one asked for, or 8, for which `fits` holds."""
+    sizes = [size for size in range(1, max(asked, 8) + 1) if fits(size)][-8:]
+    if not sizes:
+        return None
+    head = ", ".join(map(str, sizes[:-1]))
+    return f"TP {head} or {sizes[-1]}" if head else f"TP {sizes[-1]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What a rank keeps of one part: a box of the checkpoint tensor, a box of the local parameter."""
+
+    source: Region
+    target: Region
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One Cut a dim, for T ranks. At most one dim runs along an axis of several parts.
+
+    Raises a LayoutError (with part, numbers and the TP sizes that work) where a cut does not divide.
+    """
+
+    cuts: tuple[Cut, ...]
+    tp_size: int = 1
+
+    def __post_init__(self) -> None:
+        fused = [dim for dim, cut in enumerate(self.cuts) if len(cut.axis.parts) > 1]
+        if len(fused) > 1:
+            raise LayoutError(f"dims {fused} both have several parts, needs at most one such dim")
+        for dim, cut in enumerate(self.cuts):
+            for part in cut.axis.parts:
+                cut.check(part, self.tp_size, "rows" if dim == 0 else "columns")
+
+    @staticmethod
+    def replicated(shape: tuple[int, ...], tp_size: int = 1) -> Layout:
+        """Every rank keeps the whole tensor."""
+        return Layout(
+            cuts=tuple(Cut(axis=Axis.of(n, max_pieces=1)) for n in shape), tp_size=tp_size
+        )
+
+    def permuted(self, order: Sequence[int]) -> Layout:
+        """The layout of the tensor whose dim i is this one's dim order[i]."""
+        return Layout(cuts=tuple(self.cuts[i] for i in order), tp_size=self.tp_size)
+
+    @property
+    def fused_dim(self) -> int | None:
+        """The dim along which several parts lie, None where there is one part."""
+        for dim, cut in enumerate(self.cuts):
+            if len(cut.axis.parts) > 1:
+                return dim
+        return None
+
+    @property
+    def part_names(self) -> tuple[PartName, ...]:
+        """The parts in their order in the parameter; (None,) where there is one."""
+        dim = self.fused_dim
+        return (None,) if dim is None else tuple(part.name for part in self.cuts[dim].axis.parts)
+
+    def source_shape(self, part: PartName = None) -> tuple[int, ...]:
+        """The shape of one part's checkpoint tensor, in stored entries, without padding."""
+        dim = self.fused_dim
+        return tuple(
+            cut.num_entries(self._part(part).size if i == dim else cut.axis.parts[0].size)
+            for i, cut in enumerate(self.cuts)
+        )
+
+    @property
+    def fused_shape(self) -> tuple[int, ...]:
+        """The shape of a checkpoint tensor that holds all parts side by side, in stored entries."""
+        return tuple(cut.num_entries(cut.axis.size) for cut in self.cuts)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter on each rank, in stored entries, with padding."""
+        return tuple(
+            sum(self._piece_entries(cut, part) for part in cut.axis.parts) for cut in self.cuts
+        )
+
+    def place(
+        self, part: PartName, tp_rank: int, *, fused_source: bool = False
+    ) -> Placement | None:
+        """What rank r keeps of a part; None where its piece is nothing but padding.
+
+        fused_source   the checkpoint tensor holds all parts side by side
+        """
+        sources: list[Span] = []
+        targets: list[Span] = []
+        for dim, cut in enumerate(self.cuts):
+            chosen = self._part(part) if dim == self.fused_dim else cut.axis.parts[0]
+            start, stop = chosen.span(tp_rank, self.tp_size)
+            stop = min(stop, chosen.size)
+            if stop <= start and chosen.size:
+                return None
+            offset = self._source_offset(cut, chosen) if fused_source else 0
+            first, last = entries(start, stop, cut, chosen.size)
+            sources.append((offset + first, offset + last))
+            at = self._target_offset(cut, chosen)
+            targets.append((at, at + last - first))
+        shape = self.fused_shape if fused_source else self.source_shape(part)
+        return Placement(
+            source=Region.box(shape, sources), target=Region.box(self.local_shape, targets)
+        )
+
+    def padding(self, tp_rank: int) -> tuple[Region, ...]:
+        """The boxes of the local parameter that no checkpoint tensor fills."""
+        boxes = []
+        for dim, cut in enumerate(self.cuts):
+            for part in cut.axis.parts:
+                start, stop = part.span(tp_rank, self.tp_size)
+                if stop <= part.size:
+                    continue
+                at = self._target_offset(cut, part)
+                left = max(part.size - start, 0)
+                used = entries(0, left, cut, left)[1]
+                spans = [(0, n) for n in self.local_shape]
+                spans[dim] = (at + used, at + self._piece_entries(cut, part))
+                boxes.append(Region.box(self.local_shape, spans))
+        return tuple(boxes)
+
+    def _part(self, name: PartName) -> Part:
+        dim = self.fused_dim
+        parts = self.cuts[dim].axis.parts if dim is not None else ()
+        for part in parts:
+            if part.name == name:
+                return part
+        if dim is None and name is None:
+            return self.cuts[0].axis.parts[0] if self.cuts else Part(size=1)
+        names = ", ".join(repr(part.name) for part in parts) or "none"
+        raise LayoutError(f"has no part {name!r}, needs one of: {names}")
+
+    def _piece_entries(self, cut: Cut, part: Part) -> int:
+        start, stop = part.span(0, self.tp_size)
+        return entries(0, stop - start, cut, stop - start)[1]
+
+    def _target_offset(self, cut: Cut, part: Part) -> int:
+        before = cut.axis.parts[: cut.axis.parts.index(part)]
+        return sum(self._piece_entries(cut, other) for other in before)
+
+    def _source_offset(self, cut: Cut, part: Part) -> int:
+        before = cut.axis.parts[: cut.axis.parts.index(part)]
+        at = sum(other.size for other in before)
+        return entries(at, at, cut, -1)[0]

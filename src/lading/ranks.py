@@ -1,0 +1,217 @@
+"""Who am I among the ranks: a value, and the one place that asks torch.distributed.
+
+Everything else takes `Ranks` as an argument. The drop-in constructors of `lading.parameter` and
+`lading.nn` call `current()` by default, because code written against the field's classes passes none.
+
+The collectives that lading needs stand here too, so that torch.distributed is imported by one file:
+`exchange` (every rank's verdict, for loading), `all_reduce` and `all_gather` (for forward passes).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lading.errors import CallError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Ranks", "all_ranks", "as_current", "current", "explicit_current", "set_current"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """One rank's place: tensor-parallel rank `tp_rank` of `tp_size`, expert-parallel `ep_rank` of `ep_size`.
+
+    Raises a CallError where a rank is not in 0 .. size - 1.
+    """
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, rank, size in (
+            ("tp", self.tp_rank, self.tp_size),
+            ("ep", self.ep_rank, self.ep_size),
+        ):
+            for field, value in ((f"{name}_rank", rank), (f"{name}_size", size)):
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise CallError(f"{field} is {value!r}, needs an int", subject="Ranks")
+            if size < 1:
+                raise CallError(f"{name}_size is {size}, needs at least 1", subject="Ranks")
+            if not 0 <= rank < size:
+                raise CallError(
+                    f"{name}_rank is {rank}, needs 0 to {size - 1} ({name}_size is {size})",
+                    subject="Ranks",
+                )
+
+    def __str__(self) -> str:
+        text = f"rank {self.tp_rank} of {self.tp_size}"
+        return (
+            text if self.ep_size == 1 else f"{text}, expert rank {self.ep_rank} of {self.ep_size}"
+        )
+
+
+def all_ranks(tp_size: int) -> tuple[Ranks, ...]:
+    """Every rank of a tensor-parallel group, in order."""
+    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
+        raise CallError(f"tp_size is {tp_size!r}, needs an int of at least 1", subject="all_ranks")
+    return tuple(Ranks(tp_rank=rank, tp_size=tp_size) for rank in range(tp_size))
+
+
+class _Local(threading.local):
+    value: Ranks | None = None
+
+
+_local = _Local()
+
+
+def set_current(ranks: Ranks | None) -> None:
+    """The rank that drop-in constructors and loads of this thread see; None asks torch.distributed."""
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise CallError(f"is {ranks!r}, needs a Ranks or None", subject="set_current")
+    _local.value = ranks
+
+
+def explicit_current() -> Ranks | None:
+    """What `set_current` set in this thread, None where it set nothing."""
+    return _local.value
+
+
+@contextmanager
+def as_current(ranks: Ranks | None) -> Iterator[None]:
+    """`set_current` for a block; restores what was before, also after an exception."""
+    before = _local.value
+    set_current(ranks)
+    try:
+        yield
+    finally:
+        _local.value = before
+
+
+def current() -> Ranks:
+    """What `set_current` set in this thread, else the world of torch.distributed, else one rank."""
+    return _local.value if _local.value is not None else world()
+
+
+def world() -> Ranks:
+    """This process's rank in torch.distributed's default group; one rank where there is none."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    return Ranks(tp_rank=dist.get_rank(), tp_size=dist.get_world_size())
+
+
+def join_world(*, device_type: str) -> bool:
+    """Joins the process group that a launcher (torchrun) described in the environment.
+
+    Returns whether it joined: False where a group exists already or no launcher started us. NCCL for
+    CUDA, gloo otherwise.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_available() or dist.is_initialized():
+        return False
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return False
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    return True
+
+
+def join_file(path: str, *, ranks: Ranks, device_type: str) -> None:
+    """Joins a group of processes of one host that meet in a file."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        init_method=f"file://{path}",
+        rank=ranks.tp_rank,
+        world_size=ranks.tp_size,
+    )
+
+
+def leave_world() -> None:
+    """Leaves the default process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def group_of(ranks: Ranks, group: ProcessGroup | None) -> ProcessGroup | None:
+    """The process group over which these ranks agree, None where this process acts alone.
+
+    With no group given it is the default one, if `ranks` is this process's own place in it: a dry run
+    that loops over ranks in one process is alone. Raises a CallError where a given group disagrees.
+    """
+    import torch.distributed as dist
+
+    if group is not None:
+        place = (dist.get_rank(group), dist.get_world_size(group))
+        if place != (ranks.tp_rank, ranks.tp_size):
+            raise CallError(
+                f"the process group says rank {place[0]} of {place[1]}, needs {ranks}",
+                subject="group",
+            )
+        return group if ranks.tp_size > 1 else None
+    if ranks.tp_size == 1 or world() != ranks:
+        return None
+    return dist.group.WORLD
+
+
+def exchange(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """Every rank's value, in rank order; the one collective that loading calls to reach a verdict.
+
+    Values are pickled: they come from the ranks of the caller's own group, never from a file.
+    """
+    if group is None:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _needs_group(tensor: torch.Tensor, ranks: Ranks, group: ProcessGroup | None) -> ProcessGroup:
+    found = group_of(ranks, group)
+    if found is None:
+        raise CallError(
+            f"{ranks} has to combine a tensor of shape {list(tensor.shape)} with the other ranks, "
+            "but this process is in no process group of that size",
+            subject="forward",
+            hint="start the ranks with torchrun, or pass group= to the layer",
+        )
+    return found
+
+
+def all_reduce(tensor: torch.Tensor, ranks: Ranks, group: ProcessGroup | None) -> torch.Tensor:
+    """The sum over the ranks of tensors of one shape."""
+    if ranks.tp_size == 1:
+        return tensor
+    import torch.distributed as dist
+
+    dist.all_reduce(tensor, group=_needs_group(tensor, ranks, group))
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor, ranks: Ranks, group: ProcessGroup | None) -> torch.Tensor:
+    """Tensors [..., n] of every rank, side by side along the last dim: [..., tp_size * n]."""
+    if ranks.tp_size == 1:
+        return tensor
+    import torch
+    import torch.distributed as dist
+
+    tensor = tensor.contiguous()
+    pieces = [torch.empty_like(tensor) for _ in range(ranks.tp_size)]
+    dist.all_gather(pieces, tensor, group=_needs_group(tensor, ranks, group))
+    return torch.cat(pieces, dim=-1)

@@ -1,0 +1,121 @@
+"""The one place that writes into parameters.
+
+Three ways in: `write` copies a tensor into a region of a parameter, `fill` zeroes declared padding,
+`memory` hands out the bytes of a contiguous region so that a file can be read straight into them.
+Nobody else calls `copy_`, `fill_` or takes a writable view of a parameter.
+
+Regions are in the parameter's own local coordinates, possibly of a reshaped view of it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lading import dtypes
+from lading.errors import DtypeError
+from lading.regions import Copy, Region
+
+__all__ = ["check_dtypes", "check_values", "fill", "memory", "same_bits", "view_of", "write"]
+
+
+def view_of(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """The elements of a region as a view: view operations only, so that lazy tensors stay lazy."""
+    if tuple(tensor.shape) != region.shape:
+        tensor = tensor.reshape(region.shape)
+    for dim, (n, start, size, step) in enumerate(
+        zip(region.shape, region.start, region.size, region.step, strict=True)
+    ):
+        if step != 1 and size > 1:
+            index = (slice(None),) * dim + (slice(start, start + (size - 1) * step + 1, step),)
+            tensor = tensor[index]
+        elif size != n:
+            tensor = tensor.narrow(dim, start, size)
+    return tensor
+
+
+def permuted(tensor: torch.Tensor, copy: Copy) -> torch.Tensor:
+    """A source view with its dims in the target's order."""
+    return tensor.permute(copy.axes) if copy.axes else tensor
+
+
+def write(target: torch.Tensor, region: Region, values: torch.Tensor) -> None:
+    """Copies `values`, of the region's sizes, into that region of `target`; one `copy_`.
+
+    The caller has checked shape and dtype; a shape that would broadcast is our own bug.
+    """
+    view = view_of(target, region)
+    assert view.shape == values.shape, "shapes are checked before anything is written"
+    with torch.no_grad():
+        view.copy_(values)
+
+
+def fill(target: torch.Tensor, region: Region) -> None:
+    """Zeroes a region: declared padding, nothing else is ever filled."""
+    view_of(target, region).zero_()
+
+
+def memory(target: torch.Tensor, region: Region) -> memoryview | None:
+    """The writable bytes of a region of a CPU parameter, None where they are not contiguous."""
+    if target.device.type != "cpu" or not target.is_contiguous():
+        return None
+    view = view_of(target, region)
+    if not view.is_contiguous():
+        return None
+    flat = view.detach().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy()).cast("B") if flat.numel() else memoryview(bytearray())
+
+
+def check_dtypes(source: torch.dtype, target: torch.dtype) -> None:
+    """Raises a DtypeError where writing `source` values into `target` could lose them unnoticed."""
+    if source == target:
+        return
+    try:
+        names = dtypes.from_torch(source), dtypes.from_torch(target)
+    except LookupError as error:
+        raise DtypeError(f"tensor is {source}, needs {target} ({error})") from None
+    problem = dtypes.cast_problem(*names)
+    if problem is not None:
+        have, want = map(dtypes.printed, names)
+        raise DtypeError(f"tensor is {have}, needs {want} ({problem})")
+
+
+def check_values(values: torch.Tensor, target: torch.dtype) -> None:
+    """Raises a DtypeError where a finite value would become infinite in `target`.
+
+    Only plain tensors with memory are looked at: lazy and recording tensors have no values yet.
+    """
+    if type(values) not in (torch.Tensor, torch.nn.Parameter) or values.device.type == "meta":
+        return
+    floats = values.dtype.is_floating_point and target.is_floating_point
+    if values.dtype == target or not floats or not values.numel():
+        return
+    limit = torch.finfo(target).max
+    if torch.finfo(values.dtype).max <= limit:
+        return
+    values = values.detach()
+    low, high = torch.aminmax(values)  # NaN where any value is NaN: then look at each
+    largest = max(-float(low), float(high))
+    if largest <= limit:
+        return
+    lost = torch.isfinite(values) & ~torch.isfinite(values.to(target))
+    if bool(lost.any()):
+        worst = float(values[lost].abs().max())
+        raise DtypeError(
+            f"{int(lost.sum())} values are too large for {dtypes.printed(dtypes.from_torch(target))}: "
+            f"up to {worst:g}, needs at most {limit:g}"
+        )
+
+
+def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bytes (NaN equals the same NaN)."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    if one.dtype.is_floating_point and one.element_size() > 1:
+        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+        return torch.equal(one.contiguous().view(whole), two.contiguous().view(whole))
+    if one.dtype.is_floating_point or one.dtype.is_complex:
+        return torch.equal(
+            one.contiguous().reshape(-1).view(torch.uint8),
+            two.contiguous().reshape(-1).view(torch.uint8),
+        )
+    return torch.equal(one, two)
