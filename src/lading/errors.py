@@ -66,6 +66,7 @@ class LadingError(Exception):
     part      the part of a fused parameter: 'q', 'k', 0; None when the parameter is not fused
     file      the file's name, None when no file is concerned
     hint      what to do, only where that is certain
+    rank      the only rank that met the error, None where it is everyone's
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class LadingError(Exception):
         self.part = part
         self.file = file
         self.hint = hint
+        self.rank: int | None = None
 
     def __str__(self) -> str:
         head = self.subject or ""
@@ -93,6 +95,8 @@ class LadingError(Exception):
             text += "."
         if self.file is not None:
             text += f" In {self.file}."
+        if self.rank is not None:
+            text += f" On rank {self.rank}."
         if self.hint is not None:
             text += f" Try: {self.hint}"
             if not text.endswith((".", "?")):
@@ -121,6 +125,7 @@ class LadingError(Exception):
             "fact": self.fact,
             "file": self.file,
             "hint": self.hint,
+            "rank": self.rank,
             "message": str(self),
         }
 

@@ -26,7 +26,7 @@ def entry(dtype: str, shape: object, start: object, stop: object) -> dict[str, A
 
 
 def write_sparse(path: Path, header_bytes: bytes, data_bytes: int) -> None:
-    """A file that begins with `header_bytes` and goes on with a hole of zeros, not stored on disk."""
+    """A file that begins with `header_bytes` and goes on with zeros that are not stored on disk."""
     path.write_bytes(header_bytes)
     os.truncate(path, len(header_bytes) + data_bytes)
 
@@ -44,5 +44,9 @@ def write_tensors(
     write_sparse(path, encode_header(tensors, metadata), data_bytes)
 
 
-def write_index(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> None:
-    (folder / name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+def write_index(
+    folder: Path, weight_map: object, name: str = "model.safetensors.index.json"
+) -> None:
+    (folder / name).write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )

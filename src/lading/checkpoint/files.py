@@ -191,13 +191,11 @@ def load_torch_file(path: Path, *, name: str, file_bytes: int | None = None) -> 
             subject=name,
             hint="convert it to safetensors where you trust it",
         ) from error
-    except OSError as error:
-        raise _os_error("opened", error, name) from error
     except MemoryError:
         raise
-    except Exception as error:  # torch and its unpickler raise all kinds for a damaged file
+    except Exception as error:  # all kinds, OSError included, for a damaged file
         words = str(error).partition("\n")[0]
-        raise FileError(f"is not a file of torch.save ({words})", subject=name) from error
+        raise FileError(f"is not a whole file of torch.save ({words})", subject=name) from error
 
 
 def list_folder(path: Path) -> tuple[str, ...]:

@@ -87,18 +87,20 @@ def parse_weight_map(tree: Any, index: str) -> tuple[dict[str, str], list[Lading
     Raises IndexFileError where the index as a whole cannot be used.
     """
     if not isinstance(tree, dict):
-        raise IndexFileError(f"is a {type(tree).__name__}, needs a JSON object", subject=index)
+        raise IndexFileError(
+            f"is of type {type(tree).__name__}, needs a JSON object", subject=index
+        )
     if "weight_map" not in tree:
         raise IndexFileError("has no weight_map, needs tensor names -> files", subject=index)
     weight_map = tree["weight_map"]
     if not isinstance(weight_map, dict):
-        fact = f"its weight_map is a {type(weight_map).__name__}, needs a JSON object"
+        fact = f"its weight_map is of type {type(weight_map).__name__}, needs a JSON object"
         raise IndexFileError(fact, subject=index)
     if not weight_map:
         raise IndexFileError("its weight_map is empty, needs tensor names -> files", subject=index)
     for name, file in weight_map.items():
         if type(file) is not str:
-            fact = f"weight_map places it in a {type(file).__name__}, needs a file name"
+            fact = f"weight_map gives it a value of type {type(file).__name__}, needs a file name"
             raise IndexFileError(fact, subject=name, file=index)
     impossible = {
         file: problem for file in set(weight_map.values()) if (problem := _name_problem(file))
@@ -115,7 +117,8 @@ def parse_weight_map(tree: Any, index: str) -> tuple[dict[str, str], list[Lading
 
 def _name_problem(file: str) -> str | None:
     """Why a name from an index may not be opened, None where it may. Links are not followed here:
-    the hub's cache is made of links to files elsewhere."""
+    the hub's cache is made of links to files elsewhere.
+    """
     if "\0" in file or "\\" in file:
         return "has a NUL or a backslash"
     if posixpath.isabs(file):

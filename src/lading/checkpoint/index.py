@@ -162,7 +162,8 @@ def _compare(
     problems: list[LadingError],
 ) -> None:
     """The index against the headers, both ways. A file that could not be read is a problem already,
-    and so are the tensors that it should hold."""
+    and so are the tensors that it should hold.
+    """
     for name, file in weight_map.items():
         if file in contents and name not in contents[file].sources:
             there = f"it is in {tensors[name].file}" if name in tensors else "it is not there"
@@ -183,7 +184,7 @@ def _read_config(folder: str, problems: list[LadingError]) -> Mapping[str, Any] 
         problems.append(error)
         return None
     if not isinstance(config, dict):
-        fact = f"is a {type(config).__name__}, needs a JSON object"
+        fact = f"is of type {type(config).__name__}, needs a JSON object"
         problems.append(ConfigError(fact, subject="config.json"))
         return None
     return config

@@ -35,7 +35,7 @@ def torch_sources(folder: str, file: str) -> tuple[list[Source], int, list[Ladin
     path = os.path.join(folder, file)
     state = load_torch_file(path, name=file)
     if not isinstance(state, dict):
-        fact = f"holds a {type(state).__name__}, needs a dict of tensors"
+        fact = f"holds a value of type {type(state).__name__}, needs a dict of tensors"
         raise CheckpointError(fact, subject=file)
     sources: list[Source] = []
     problems: list[LadingError] = []
@@ -54,12 +54,12 @@ def _source(name: Any, value: Any, file: str) -> Source:
         return CheckpointError(fact, subject=str(name), file=file, hint=hint)
 
     if not isinstance(name, str):
-        raise bad(f"the key is a {type(name).__name__}, needs a string")
+        raise bad(f"the key is of type {type(name).__name__}, needs a string")
     if isinstance(value, dict):
         hint = f"save the dict under {name!r} alone, as safetensors"
         raise bad(f"is a dict of {len(value)} entries, {_FLAT}", hint)
     if not isinstance(value, torch.Tensor):
-        raise bad(f"is a {type(value).__name__}, {_FLAT}")
+        raise bad(f"is of type {type(value).__name__}, {_FLAT}")
     if value.layout != torch.strided or value.device.type != "cpu":
         raise bad(f"is a {value.layout} tensor on {value.device}, needs plain values on the CPU")
     try:

@@ -1,0 +1,399 @@
+"""The verb `load`: a checkpoint into the parameters of one rank's model, all or nothing.
+
+Every rank plans and checks before any rank writes, and no rank raises while another waits: each stage
+ends with one exchange of verdicts, after which all ranks go on or all raise the same error.
+
+A model on the meta device gets its memory here, and gets it only when everything has been read: a load
+that fails leaves it as it was. A model with live memory is written in place; if that fails half-way it
+is marked, and its forward pass refuses until a load succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from lading import dtypes, owners, ranks as ranks_module
+from lading.checkpoint import Checkpoint, open_checkpoint
+from lading.errors import CallError, DeclarationError, LadingError, NotLoadedError, PlanError, RankError
+from lading.layouts import Layout
+from lading.names import Names
+from lading.nn.base import ParallelLayer, like
+from lading.parameter import BasevLLMParameter, PerTensorScaleParameter
+from lading.plan import Plan, Target, make_plan
+from lading.ranks import Ranks
+from lading.regions import Region
+from lading.transport import DEFAULT_STAGING_BYTES, HostTransport, Moved
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["LoadReport", "Progress", "load", "names_of", "targets_of"]
+
+PathLike = str | os.PathLike[str]
+
+
+class Progress(Protocol):
+    """Told of a load as it goes; the library itself prints nothing."""
+
+    def start(self, total_bytes: int) -> None:
+        """The load begins; this rank will keep so many bytes of the checkpoint."""
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes are in place."""
+
+    def finish(self) -> None:
+        """The load has ended, well or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a load did. Bytes are this rank's, except `checkpoint_bytes`.
+
+    ranks               this rank
+    checkpoint_bytes    of all tensors that the load used, each counted once
+    parameter_bytes     of this rank's parameters, padding included
+    read_bytes, excess_bytes   read from files; read but not kept
+    seconds             wall time until every rank had its parameters
+    num_copies          copies executed
+    casts               (parameter, stored dtype, parameter dtype) where values were rounded
+    skipped             (checkpoint tensor, reason)
+    """
+
+    ranks: Ranks
+    checkpoint_bytes: int
+    parameter_bytes: int
+    read_bytes: int
+    excess_bytes: int
+    seconds: float
+    num_copies: int
+    casts: tuple[tuple[str, str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        giga, rate = self.checkpoint_bytes / 1e9, self.checkpoint_bytes / 1e9 / self.seconds
+        return f"{giga:.3g} GB in {self.seconds:.3g} s, {rate:.3g} GB/s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A load that only has to be executed."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def load(
+    model: nn.Module,
+    path: PathLike | Checkpoint,
+    *,
+    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+    names: Names | None = None,
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Fills a model's parameters (and persistent buffers) from a checkpoint; proved, or not at all.
+
+    model     built for one rank from `lading.nn` layers; other parameters are taken as replicated.
+              On the meta device it gets its memory on `device`
+    path      a folder, a .safetensors file, an index, or what `open_checkpoint` returned
+    ranks     this process's rank: by default the one that the model's layers were built for
+    group     over which ranks agree; the default group where it is this rank's
+    device    for parameters on meta: this rank's GPU where there is one, else the CPU
+    names     naming rules; by default `packed_modules_mapping` of the model, and the usual ones
+    Raises a PlanError with every problem before anything is written, the same on all ranks; a FileError
+    where reading fails.
+    """
+    ranks = ranks or _ranks_of(model)
+
+    def prepare() -> Prepared:
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        owners.name_parameters(model)
+        plan = make_plan(
+            targets_of(model, ranks),
+            checkpoint.tensors,
+            ranks=[ranks],
+            names=names or names_of(model),
+        )
+        return Prepared(model=model, checkpoint=checkpoint, plan=plan)
+
+    _, report = run_load(
+        prepare, ranks=ranks, group=group, device=device, staging_bytes=staging_bytes, progress=progress
+    )
+    return report
+
+
+def run_load(
+    prepare: Callable[[], Prepared],
+    *,
+    ranks: Ranks,
+    group: ProcessGroup | None,
+    device: torch.device | str | None,
+    staging_bytes: int,
+    progress: Progress | None,
+) -> tuple[nn.Module, LoadReport]:
+    """Prepares, agrees, executes, agrees, and only then hands the memory to the model."""
+    if staging_bytes < 1:
+        raise CallError(f"staging_bytes is {staging_bytes}, needs at least 1", subject="load")
+    group = ranks_module.group_of(ranks, group)
+    began = time.perf_counter()
+    prepared = _agreed(prepare, lambda done: done.plan.digest, group)
+    model, plan = prepared.model, prepared.plan
+    place = torch.device(device) if device is not None else default_device(ranks)
+    live: dict[str, torch.Tensor] = {}
+
+    def execute() -> tuple[dict[str, torch.Tensor], Moved]:
+        tensors = _tensors_of(model, plan)
+        memory = {
+            name: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.detach()
+            for name, tensor in tensors.items()
+        }
+        live.update((name, tensor) for name, tensor in tensors.items() if not tensor.is_meta)
+        return memory, _execute(prepared, ranks, memory, staging_bytes, progress)
+
+    try:
+        memory, moved = _agreed(execute, lambda _: None, group)
+    except BaseException as error:
+        if live:
+            _refuse_forward(model, error)
+        raise
+    _install(model, plan, memory, ranks)
+    _allow_forward(model)
+    return model, _report(plan, ranks, moved, time.perf_counter() - began)
+
+
+def _execute(
+    prepared: Prepared,
+    ranks: Ranks,
+    memory: Mapping[str, torch.Tensor],
+    staging_bytes: int,
+    progress: Progress | None,
+) -> Moved:
+    plan, share = prepared.plan, prepared.plan.share(ranks)
+    if progress is not None:
+        progress.start(plan.share_bytes(share))
+    try:
+        with prepared.checkpoint.reader() as reader:
+            transport = HostTransport(reader=reader, staging_bytes=staging_bytes)
+            return transport.run(
+                plan, share, memory, progress.advance if progress is not None else _ignore
+            )
+    finally:
+        if progress is not None:
+            progress.finish()
+
+
+def _ignore(_num_bytes: int) -> None:
+    return None
+
+
+def _agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessGroup | None) -> Any:
+    """This rank's result once every rank has one; the same error on every rank otherwise."""
+    result: Any = None
+    error: LadingError | None = None
+    try:
+        result = work()
+    except LadingError as found:
+        error = found
+    except Exception as found:  # whatever it is: a rank that raised alone would leave the others waiting
+        if group is None:
+            raise
+        error = RankError(f"{type(found).__name__}: {found}")
+    verdicts = ranks_module.exchange((error, None if error else facts(result)), group)
+    failed = [(rank, verdict) for rank, (verdict, _) in enumerate(verdicts) if verdict is not None]
+    if failed:
+        rank, first = failed[0]
+        if error is not None and str(error) == str(first):
+            first = error  # keeps this rank's own traceback
+        if len(failed) < len(verdicts) and len(verdicts) > 1:
+            first.rank = rank
+        raise first
+    first_facts = verdicts[0][1]
+    for rank, (_, other) in enumerate(verdicts):
+        if other != first_facts:
+            raise RankError(
+                f"ranks 0 and {rank} made different plans: they see different checkpoints or models, "
+                "needs the same on every rank"
+            )
+    return result
+
+
+def default_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU (LOCAL_RANK, else the TP rank, modulo the GPUs), or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", ranks.tp_rank))
+    return torch.device("cuda", local % torch.cuda.device_count())
+
+
+def names_of(model: nn.Module) -> Names:
+    """The usual naming rules with the model's own `packed_modules_mapping`, where it declares one."""
+    for scope in (vars(model), *(vars(cls) for cls in type(model).__mro__)):
+        mapping = scope.get("packed_modules_mapping")
+        if isinstance(mapping, Mapping):
+            return Names.of(mapping)
+    return Names()
+
+
+def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
+    """What a load has to fill: every parameter and persistent buffer, tied ones once.
+
+    Raises a PlanError where a parameter does not say how it is cut, or was built for other ranks.
+    """
+    problems: list[LadingError] = []
+    named: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in _state(model):
+        named.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    targets = []
+    for key, (name, *aliases) in named.items():
+        try:
+            layout = _layout_of(tensors[key], ranks)
+            dtype = dtypes.from_torch(tensors[key].dtype)
+        except LadingError as error:
+            problems.append(error.located(subject=name))
+            continue
+        except LookupError as error:
+            problems.append(DeclarationError(str(error), subject=name))
+            continue
+        targets.append(Target(name=name, layout=layout, dtype=dtype, aliases=tuple(aliases)))
+    if problems:
+        raise PlanError(problems, what="the model")
+    return tuple(targets)
+
+
+def _state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    found: list[tuple[str, torch.Tensor]] = list(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.append((f"{prefix}.{name}" if prefix else name, buffer))
+    return found
+
+
+def _layout_of(tensor: torch.Tensor, ranks: Ranks) -> Layout:
+    """The declared layout, or replicated for tensors that no rank cuts."""
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, BasevLLMParameter):
+        return Layout.replicated(shape, ranks.tp_size)
+    layout = tensor.tp_layout
+    if layout is None:
+        whole = ranks.tp_size == 1 or type(tensor) in (BasevLLMParameter, PerTensorScaleParameter)
+        if whole:
+            return Layout.replicated(shape, ranks.tp_size)
+        raise DeclarationError(
+            f"{type(tensor).__name__} does not say how it is cut over {ranks.tp_size} ranks, needs a "
+            "layout",
+            hint="build it with a layer of lading.nn, or set its tp_layout",
+        )
+    if layout.tp_size != ranks.tp_size:
+        raise DeclarationError(
+            f"was built for {layout.tp_size} ranks, needs {ranks.tp_size} (the load's tp_size)"
+        )
+    if layout.local_shape != shape:
+        raise DeclarationError(
+            f"has shape {list(shape)}, needs {list(layout.local_shape)} (its own layout's)"
+        )
+    return layout
+
+
+def _ranks_of(model: nn.Module) -> Ranks:
+    """The rank that the model's layers were built for; the current one where they do not say."""
+    found = {m.ranks for m in model.modules() if isinstance(m, ParallelLayer) and m.tp_size > 1}
+    if len(found) > 1:
+        raise CallError(
+            f"has layers built for {' and '.join(sorted(map(str, found)))}, needs one rank",
+            subject=type(model).__name__,
+        )
+    return found.pop() if found else ranks_module.current()
+
+
+def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    state = dict(_state(model))
+    return {target.name: state[target.name] for target in plan.targets}
+
+
+def _install(
+    model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor], ranks: Ranks
+) -> None:
+    """Gives parameters on meta their memory, keeping each object, and notes everything as loaded."""
+    for name, tensor in _tensors_of(model, plan).items():
+        if tensor.is_meta:
+            _materialise(model, name, tensor, memory[name])
+    for tensor in _tensors_of(model, plan).values():
+        if isinstance(tensor, BasevLLMParameter):
+            tensor._ledger.start()
+            tensor._ledger.note(tensor, Region.whole(tensor.shape))
+
+
+def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Tensor) -> None:
+    """Swaps the memory in, so that every holder of the parameter sees it loaded.
+
+    Tensors with weak references cannot be swapped (torch.utils.swap_tensors): there the model gets a
+    new object of the same class under each of the parameter's names.
+    """
+    new: torch.Tensor
+    if isinstance(old, BasevLLMParameter):
+        new = like(old, data)
+    elif isinstance(old, nn.Parameter):
+        new = nn.Parameter(data, requires_grad=old.requires_grad)
+        vars(new).update(vars(old))
+    else:
+        new = data
+    try:
+        torch.utils.swap_tensors(old, new)
+    except RuntimeError:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for key, held in table.items():
+                    if held is old:
+                        table[key] = new  # type: ignore[assignment]
+
+
+class _Refusal:
+    """A forward hook of a model that a failed load has left half-written."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, module: nn.Module, _args: object) -> None:
+        raise NotLoadedError(
+            f"its weights are partly overwritten by a load that failed ({self.reason}), needs a load "
+            "that succeeds",
+            subject=type(module).__name__,
+        )
+
+
+def _refuse_forward(model: nn.Module, error: BaseException) -> None:
+    _allow_forward(model)
+    model.register_forward_pre_hook(_Refusal(str(error)))
+
+
+def _allow_forward(model: nn.Module) -> None:
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _Refusal):
+            del model._forward_pre_hooks[key]
+
+
+def _report(plan: Plan, ranks: Ranks, moved: Moved, seconds: float) -> LoadReport:
+    return LoadReport(
+        ranks=ranks,
+        checkpoint_bytes=plan.checkpoint_bytes(),
+        parameter_bytes=plan.parameter_bytes(),
+        read_bytes=moved.read_bytes,
+        excess_bytes=moved.excess_bytes,
+        seconds=max(seconds, 1e-9),
+        num_copies=moved.num_copies,
+        casts=plan.casts(),
+        skipped=tuple((s.source, s.reason) for s in plan.skipped),
+    )

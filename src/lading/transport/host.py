@@ -1,0 +1,203 @@
+"""Moves bytes from files through host memory: straight into a parameter where both ends are
+contiguous, through one bounded staging buffer otherwise.
+
+A region of a file is read in blocks that fit the buffer. Within a block either the whole span from its
+first to its last byte is read, gaps included, or each run of neighbouring bytes by itself, whichever
+the cost model says is cheaper; what is read in excess is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from lading import dtypes, writing
+from lading.checkpoint import Reader, Source
+from lading.errors import ConflictError, LadingError
+from lading.plan import Plan, Share, Tie
+from lading.regions import Copy, Region, reordered
+
+__all__ = ["DEFAULT_STAGING_BYTES", "HostTransport", "Moved"]
+
+DEFAULT_STAGING_BYTES = 8 * 2**20
+"""Small enough to stay in the cache between the read and the strided copy out of it."""
+
+DIRECT_CHUNK_BYTES = 64 * 2**20
+"""Progress is reported at least this often."""
+
+SECONDS_PER_READ = 3e-6
+SECONDS_PER_BYTE = 1 / 5e9
+"""The cost of a call and of a byte from the page cache (benchmarks/README.md, "cost model")."""
+
+Advance = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class Moved:
+    """What was moved for one rank, in bytes."""
+
+    read_bytes: int = 0
+    kept_bytes: int = 0
+    num_copies: int = 0
+
+    @property
+    def excess_bytes(self) -> int:
+        """Read, but not kept: gaps between the runs of row cuts."""
+        return self.read_bytes - self.kept_bytes
+
+
+@dataclass(slots=True)
+class HostTransport:
+    """Executes one rank's share of a plan.
+
+    reader          serves the checkpoint's bytes
+    staging_bytes   the largest block that is held besides the parameters
+    """
+
+    reader: Reader
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    moved: Moved = field(default_factory=Moved)
+    _staging: torch.Tensor | None = None
+
+    def run(
+        self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
+    ) -> Moved:
+        """Fills the tensors, by target name. `advance` is told kept bytes as they arrive."""
+        for tie in plan.ties:
+            self._compare(plan, share, tie)
+        for fill in share.fills:
+            writing.fill(tensors[fill.target], fill.region)
+        order = sorted(share.copies, key=lambda copy: _position(plan.sources[copy.source], copy))
+        for copy in order:
+            source = plan.sources[copy.source]
+            try:
+                self._copy(source, copy, tensors[copy.target], advance)
+            except LadingError as error:
+                raise error.located(subject=copy.target, part=copy.part, file=source.file) from None
+            self.moved.num_copies += 1
+        return self.moved
+
+    def _copy(self, source: Source, copy: Copy, target: torch.Tensor, advance: Advance) -> None:
+        dtype = dtypes.to_torch(source.dtype)
+        size = _element_bytes(source)
+        runs = copy.source_region.runs()
+        if runs.num_runs == 1 and not copy.axes and dtype == target.dtype:
+            memory = writing.memory(target, copy.target_region)
+            if memory is not None:
+                self._read_straight(source, runs.first * size, memory, advance)
+                return
+        for inner in _blocks(copy.source_region, self.staging_bytes // size):
+            values = self._block(source, copy.source_region.compose(inner), dtype)
+            values = writing.permuted(values, copy)
+            writing.check_values(values, target.dtype)
+            into = reordered(inner, copy.axes) if copy.axes else inner
+            writing.write(target, copy.target_region.compose(into), values)
+            kept = inner.num_elements * size
+            self.moved.kept_bytes += kept
+            advance(kept)
+
+    def _read_straight(
+        self, source: Source, offset: int, memory: memoryview, advance: Advance
+    ) -> None:
+        for at in range(0, memory.nbytes, DIRECT_CHUNK_BYTES):
+            piece = memory[at : at + DIRECT_CHUNK_BYTES]
+            self._read(source, offset + at, piece)
+            self.moved.kept_bytes += piece.nbytes
+            advance(piece.nbytes)
+
+    def _read(self, source: Source, offset: int, buffer: memoryview) -> None:
+        self.reader.read_into(source, offset, buffer)
+        self.moved.read_bytes += buffer.nbytes
+
+    def _block(self, source: Source, region: Region, dtype: torch.dtype) -> torch.Tensor:
+        """The values of a region that fits the staging buffer, valid until the next call."""
+        size = _element_bytes(source)
+        runs = region.runs()
+        strides = _strides(region)
+        span = _span(region)
+        gaps = span - region.num_elements
+        staging = self._staging_for(span * size)
+        whole = memoryview(staging.numpy())  # type: ignore[arg-type]  # ndarrays have a buffer
+        if runs.num_runs == 1 or gaps * size * SECONDS_PER_BYTE < runs.num_runs * SECONDS_PER_READ:
+            self._read(source, runs.first * size, whole[: span * size])
+            return staging[: span * size].view(dtype).as_strided(region.size, strides)
+        length = runs.length * size
+        for number, first in enumerate(runs.offsets()):
+            self._read(source, first * size, whole[number * length : (number + 1) * length])
+        return staging[: region.num_elements * size].view(dtype).view(region.size)
+
+    def _staging_for(self, num_bytes: int) -> torch.Tensor:
+        if self._staging is None or self._staging.numel() < num_bytes:
+            self._staging = torch.empty(max(num_bytes, self.staging_bytes), dtype=torch.uint8)
+        return self._staging
+
+    def _compare(self, plan: Plan, share: Share, tie: Tie) -> None:
+        """Raises a ConflictError where a tied parameter's two tensors differ in this rank's share."""
+        one, two = plan.sources[tie.source], plan.sources[tie.twin]
+        dtype, size = dtypes.to_torch(one.dtype), _element_bytes(one)
+        for copy in share.copies:
+            if copy.source != tie.source:
+                continue
+            for inner in _blocks(copy.source_region, self.staging_bytes // size):
+                region = copy.source_region.compose(inner)
+                first = self._block(one, region, dtype).clone()
+                if not writing.same_bits(first, self._block(two, region, dtype)):
+                    raise ConflictError(
+                        f"is tied, but checkpoint tensors {one.name!r} and {two.name!r} differ in {region}",
+                        subject=tie.target,
+                        file=two.file,
+                    )
+
+
+def _position(source: Source, copy: Copy) -> tuple[str, int]:
+    return source.file, source.offset_bytes + copy.source_region.runs().first * _element_bytes(source)
+
+
+def _element_bytes(source: Source) -> int:
+    """Bytes of one stored element; one for F4, of which two share a byte."""
+    return max(dtypes.BITS[source.dtype] // 8, 1)
+
+
+def _strides(region: Region) -> tuple[int, ...]:
+    """Elements from one index of the region to the next, along each dim."""
+    return tuple(
+        prod(region.shape[dim + 1 :]) * step for dim, step in enumerate(region.step)
+    )
+
+
+def _span(region: Region) -> int:
+    """Elements from the region's first to its last, gaps included."""
+    if not region.num_elements:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(region.size, _strides(region), strict=True))
+
+
+def _blocks(region: Region, limit: int) -> Iterator[Region]:
+    """Cuts a region, in its own coordinates, into boxes whose span is at most `limit` elements."""
+    yield from _split(region, Region.whole(region.size), max(limit, 1), 0)
+
+
+def _split(region: Region, inner: Region, limit: int, dim: int) -> Iterator[Region]:
+    if not inner.num_elements:
+        return
+    if dim == len(inner.size) or _span(region.compose(inner)) <= limit:
+        yield inner
+        return
+    stride = _strides(region)[dim]
+    rest = _span(region.compose(_narrowed(inner, dim, 0, 1)))
+    count = max(1, (limit - rest) // stride + 1) if rest <= limit else 1
+    for at in range(0, inner.size[dim], count):
+        box = _narrowed(inner, dim, at, min(count, inner.size[dim] - at))
+        yield from _split(region, box, limit, dim + 1) if rest > limit else (box,)
+
+
+def _narrowed(box: Region, dim: int, at: int, size: int) -> Region:
+    return Region(
+        shape=box.shape,
+        start=(*box.start[:dim], box.start[dim] + at, *box.start[dim + 1 :]),
+        size=(*box.size[:dim], size, *box.size[dim + 1 :]),
+        step=box.step,
+    )
