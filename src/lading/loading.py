@@ -1,4 +1,4 @@
-"""The verb `load`: a checkpoint into the parameters of one rank's model, all or nothing.
+"""The verb `load` (the file is not named so: `lading.load` is the function): a checkpoint into the parameters of one rank's model, all or nothing.
 
 Every rank plans and checks before any rank writes, and no rank raises while another waits: each stage
 ends with one exchange of verdicts, after which all ranks go on or all raise the same error.
