@@ -1,8 +1,8 @@
 """The dtypes of checkpoint files: names, bits, how they print, what each may become.
 
 A dtype is known by its name in the safetensors format ("BF16", "F8_E4M3", ...); that is what plans
-hold and what JSON shows. torch is imported only by the two functions that translate, so that headers
-and plans can be read without it.
+hold and what JSON shows. torch is imported only by the two functions that translate, so that
+headers and plans can be read without it.
 """
 
 from __future__ import annotations
@@ -85,10 +85,12 @@ _TORCH: dict[str, str] = {
 }
 _FROM_TORCH = {f"torch.{name}": code for code, name in _TORCH.items()}
 
-# Significand bits (with the hidden one) and exponent range [2^low, 2^(high+1)) of finite values: a
-# float holds every value of another iff all three are at least as wide. Integers: value bits.
+# Significand bits (with the hidden one), and the range [2^low, 2^(high+1)) of the finite values,
+# subnormal ones too: a float holds every value of another iff all three are at least as wide.
 _FLOATS: dict[str, tuple[int, int, int]] = {
-    "F4": (2, 0, 2),
+    "F4": (2, -1, 2),
+    "F6_E2M3": (4, -3, 2),
+    "F6_E3M2": (3, -4, 4),
     "F8_E4M3": (4, -9, 8),
     "F8_E5M2": (3, -16, 15),
     "F8_E4M3FNUZ": (4, -10, 7),
@@ -134,16 +136,15 @@ def is_lossless(source: str, target: str) -> bool:
     if source in _FLOATS and target in _FLOATS:
         (digits, low, high), (t_digits, t_low, t_high) = _FLOATS[source], _FLOATS[target]
         return target in _MODEL_DTYPES and digits <= t_digits and low >= t_low and high <= t_high
-    if (
-        source == "F8_E8M0"
-    ):  # powers of two 2^-127 .. 2^127: subnormal at the low end in F32 and BF16
-        return target in ("BF16", "F32", "F64")
-    return False
+    # E8M0 is the powers of two 2^-127 .. 2^127; the lowest is subnormal in F32 and BF16.
+    return source == "F8_E8M0" and target in ("BF16", "F32", "F64")
 
 
 def is_cast(source: str, target: str) -> bool:
-    """Whether the change is one that a model's own dtype asks for: fp64, fp32, bf16, fp16 among each
-    other. Such a change rounds; a value that would become infinite is still refused when it is met."""
+    """Whether the change is one that a model's own dtype asks for: fp64, fp32, bf16, fp16.
+
+    Such a change rounds; a value that would become infinite is still refused when it is met.
+    """
     return source in _MODEL_DTYPES and target in _MODEL_DTYPES
 
 

@@ -2,27 +2,29 @@
 
     LadingError
     ├── DeclarationError        the declaration's: a parameter, layer or config that cannot be
-    │   ├── LayoutError         a cut that does not divide: heads, rows, packed words, groups
-    │   └── ConfigError         config.json: a key missing, of the wrong type, or contradicting another
+    │   ├── LayoutError         a cut that does not divide: heads, rows, groups   (a ValueError)
+    │   └── ConfigError         config.json: a key missing, of the wrong type, or contradicting
     ├── CheckpointError         the file's
     │   ├── FileError           cannot be opened or read: missing, no permission, short read
     │   ├── HeaderError         the safetensors header is damaged or lies about the file
-    │   ├── IndexFileError      model.safetensors.index.json is damaged or names impossible files
+    │   ├── IndexFileError      the index file is damaged or names impossible files
+    │   ├── PlanFileError       a saved plan is damaged, or does not prove what it claims
     │   ├── MissingTensorError  a parameter (or part) for which the checkpoint has nothing
     │   ├── SurplusTensorError  a checkpoint tensor that nothing uses and no rule skips
-    │   ├── ShapeError          a tensor of another shape than the declaration needs   (a ValueError)
-    │   └── DtypeError          a tensor of a dtype that would lose values             (a ValueError)
-    ├── CallError               the caller's: a keyword, shard id, offset, rank        (a ValueError)
-    │   ├── KeywordError        a keyword misspelt or missing                          (a TypeError too)
+    │   ├── ShapeError          of another shape than the declaration needs       (a ValueError)
+    │   └── DtypeError          of a dtype that would lose values                 (a ValueError)
+    ├── CallError               the caller's: a keyword, shard id, offset, rank   (a ValueError)
+    │   ├── KeywordError        a keyword misspelt or missing                     (a TypeError too)
     │   └── ConflictError       the same part written twice with other bytes
-    ├── NotLoadedError          weights are used that were never, or only partly, written
+    ├── NotLoadedError          weights are used that were not wholly written     (a RuntimeError)
     ├── PlanError               every problem of a plan at once; `.problems` has them all
     ├── VerifyError             a loaded element differs from an independent read of the file
-    └── RankError               another rank failed for a reason outside lading; says which and why
+    └── RankError               another rank failed outside lading: which, why    (a RuntimeError)
 
-A message is `<subject>: <found>, <needed> (<why that number>). In <file>. Try: ...`. Deep code raises
-the local fact (`found`, `needed`, ...); the public verb adds the subject and the file once with
-`located`. Facts are attributes, so that programs need not parse text. Nothing here imports anything.
+A message is `<subject>: <found>, <needed> (<why that number>). In <file>. Try: ...`. Deep code
+raises the local fact (`found`, `needed`, ...); the public verb adds the subject and the file once
+with `located`. Facts are attributes, so that programs need not parse text. Nothing here imports
+anything.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ __all__ = [
     "MissingTensorError",
     "NotLoadedError",
     "PlanError",
+    "PlanFileError",
     "RankError",
     "ShapeError",
     "SurplusTensorError",
@@ -167,6 +170,10 @@ class HeaderError(CheckpointError):
 
 class IndexFileError(CheckpointError):
     """The index of a sharded checkpoint is damaged or names impossible files."""
+
+
+class PlanFileError(CheckpointError):
+    """A saved plan is damaged, or does not prove what it claims."""
 
 
 class MissingTensorError(CheckpointError):

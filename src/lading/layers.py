@@ -1,4 +1,4 @@
-"""What a parallel layer is, as a value: its two axes, and the tensors that lie along them. No torch.
+"""What a parallel layer is, as a value: its two axes, the tensors that lie along them. No torch.
 
 The layers of `lading.nn` are built from these values, model families are lists of them, and a plan
 needs nothing else: so a load can be planned for any ranks without building a model.
@@ -113,6 +113,11 @@ class Layer:
             parts: tuple[Part, ...] = (Part(size=output_sizes[0]),)
         else:
             chosen = range(len(output_sizes)) if names is None else names
+            if len(chosen) != len(output_sizes):
+                raise DeclarationError(
+                    f"a column layer has {len(output_sizes)} output sizes, needs as many names: "
+                    f"{', '.join(map(repr, chosen))}"
+                )
             parts = tuple(Part(name=n, size=s) for n, s in zip(chosen, output_sizes, strict=True))
         return Layer(
             kind=Kind.COLUMN,
@@ -131,19 +136,18 @@ class Layer:
         v_head_size: int | None = None,
         bias: bool = False,
     ) -> Layer:
-        """q, k, v side by side; with more ranks than KV heads, neighbouring ranks share a KV head."""
+        """q, k, v side by side; with more ranks than KV heads, neighbours share a KV head."""
         v_size = head_size if v_head_size is None else v_head_size
         _check_sizes(hidden_size, head_size, num_heads, num_kv_heads, v_size)
         if num_heads % num_kv_heads:
             raise LayoutError(
-                f"{num_heads} q heads do not share {num_kv_heads} KV heads equally: "
-                f"{num_heads} = {num_kv_heads} * {num_heads // num_kv_heads} + {num_heads % num_kv_heads}"
+                f"{num_heads} q heads do not share {num_kv_heads} KV heads equally: {num_heads} = "
+                f"{num_kv_heads} * {num_heads // num_kv_heads} + {num_heads % num_kv_heads}"
             )
         q = Part(name="q", size=num_heads * head_size, unit=head_size, unit_name="q heads")
+        shared = num_kv_heads
         k, v = (
-            Part(
-                name=n, size=num_kv_heads * s, max_pieces=num_kv_heads, unit=s, unit_name="KV heads"
-            )
+            Part(name=n, size=shared * s, max_pieces=shared, unit=s, unit_name="KV heads")
             for n, s in (("k", head_size), ("v", v_size))
         )
         return Layer(

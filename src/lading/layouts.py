@@ -12,9 +12,9 @@ Letters: T = tp_size, r = tp_rank, P = pieces of a part, g = grain, O = outputs,
     part of n elements, P pieces:  piece p holds p*n/P : (p+1)*n/P; rank r keeps piece r // (T / P)
     stored entries of a:b          a/g : b/g, and both divide exactly, or it is a LayoutError
 
-Example: 32 q heads and 8 KV heads of 128 at T = 16: q has 16 pieces of 256 rows; k and v have 8 pieces
-of 128 rows, each kept by 2 neighbouring ranks. In int4 packed along the outputs (g = 8) that is
-32 + 16 + 16 entries a rank.
+Example: 32 q heads and 8 KV heads of 128 at T = 16: q has 16 pieces of 256 rows; k and v have 8
+pieces of 128 rows, each kept by 2 neighbouring ranks. In int4 packed along the outputs (g = 8) that
+is 32 + 16 + 16 entries a rank.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PartName = str | int | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One checkpoint tensor inside a (fused) parameter, along one axis. Lengths are logical elements.
+    """One checkpoint tensor inside a (fused) parameter, along one axis, in logical elements.
 
     name        'q', 'k', 0, ...; None where the parameter has one part only
     size        n, over all ranks
@@ -61,18 +61,20 @@ class Part:
             )
         if self.max_pieces is not None and self.max_pieces < 1:
             raise LayoutError(f"has {self.max_pieces} pieces, needs at least 1", part=self.name)
-        if self.size % self.unit:
-            raise LayoutError(
-                f"has {self.size} elements, needs a multiple of {self.unit} (one of its {self.unit_name or 'units'})",
-                part=self.name,
-            )
+        for found, number in (("has", self.size), ("is padded to a multiple of", self.pad_to)):
+            if number % self.unit:
+                raise LayoutError(
+                    f"{found} {number} elements, needs a multiple of {self.unit} "
+                    f"(one of its {self.unit_name or 'units'})",
+                    part=self.name,
+                )
 
     def padding(self, tp_size: int) -> int:
         """Elements that no checkpoint tensor has, after the last one."""
         return -self.size % lcm(self.pad_to, tp_size) if self.pad_to else 0
 
     def pieces(self, tp_size: int, word: str = "elements") -> int:
-        """P: how many distinct pieces T ranks hold. Raises a LayoutError where they would be unequal.
+        """P: how many distinct pieces T ranks hold; a LayoutError where they would be unequal.
 
         word   what an element is called in the message, where the part has no name for its units
         """
@@ -118,6 +120,17 @@ class Axis:
     parts: tuple[Part, ...]
     name: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise LayoutError("an axis has no part, needs at least one")
+        seen: set[PartName] = set()
+        for part in self.parts:
+            if part.name in seen:
+                raise LayoutError(
+                    "is the name of two parts, needs to be that of one", part=part.name
+                )
+            seen.add(part.name)
+
     @staticmethod
     def of(size: int, *, max_pieces: int | None = None, name: str = "") -> Axis:
         """An axis of one part."""
@@ -159,27 +172,33 @@ class Cut:
     def check(self, part: Part, tp_size: int, word: str) -> None:
         """Raises a LayoutError where a piece of the part is no whole number of entries."""
         pieces = part.pieces(tp_size, word)
-        padded = part.size + part.padding(tp_size)
-        piece = padded // pieces
-        if self._fits(part, tp_size):
+        if self._is_whole(part, tp_size):
             return
-        unit = self.grain.numerator
-        found = (
-            f"TP {tp_size} cuts {padded} {word} into {piece} per rank"
-            if pieces > 1
-            else f"has {piece} {word}"
-        )
+        padded = part.size + part.padding(tp_size)
+        unit, piece = self.grain.numerator, padded // pieces
+        found = f"TP {tp_size} cuts {padded} {word} into {piece} per rank"
+        if pieces == 1 or not piece % unit:  # what is on disk, without the padding, is no whole
+            found, piece = f"has {part.size} {word}", part.size
         reason = self.reason or f"one stored entry covers {self.grain} {word}"
         raise LayoutError(
             f"{found}; {reason} and {piece} = {piece // unit} * {unit} + {piece % unit}",
             part=part.name,
-            hint=suggest_tp(lambda t: part.divides(t) and self._fits(part, t), tp_size),
+            hint=suggest_tp(lambda t: self.fits(part, t), tp_size),
         )
 
-    def _fits(self, part: Part, tp_size: int) -> bool:
-        padded = part.size + part.padding(tp_size)
+    def fits(self, part: Part, tp_size: int) -> bool:
+        """Whether T ranks can hold equal pieces of whole entries."""
+        return part.divides(tp_size) and self._is_whole(part, tp_size)
+
+    def _is_whole(self, part: Part, tp_size: int) -> bool:
         pieces = part.pieces(tp_size)
-        return padded // pieces % self.grain.numerator == 0 or (self.ragged and pieces == 1)
+        if self.ragged and pieces == 1:
+            return True
+        piece = (part.size + part.padding(tp_size)) // pieces
+        # Padding may begin in the middle of a rank's piece: whole entries come before it, too.
+        return not piece % self.grain.numerator and (
+            self.ragged or not part.size % self.grain.numerator
+        )
 
 
 def piece_of(tp_rank: int, tp_size: int, pieces: int) -> int:
@@ -191,7 +210,8 @@ def span_of_piece(size: int, pieces: int, piece: int) -> Span:
     """Where piece p of P lies in `size` elements. Raises a LayoutError where they do not divide."""
     if size % pieces:
         raise LayoutError(
-            f"{size} elements are not {pieces} equal pieces: {size} = {pieces} * {size // pieces} + {size % pieces}"
+            f"{size} elements are not {pieces} equal pieces: "
+            f"{size} = {pieces} * {size // pieces} + {size % pieces}"
         )
     length = size // pieces
     return piece * length, (piece + 1) * length
@@ -228,7 +248,7 @@ def suggest_tp(fits: Callable[[int], bool], asked: int) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """What a rank keeps of one part: a box of the checkpoint tensor, a box of the local parameter."""
+    """What a rank keeps of one part: boxes of the checkpoint tensor and of the parameter."""
 
     source: Region
     target: Region
@@ -236,21 +256,30 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """One Cut a dim, for T ranks. At most one dim runs along an axis of several parts.
+    """One Cut a dim, for T ranks. At most one dim is of several parts, at most one is padded.
 
-    Raises a LayoutError (with part, numbers and the TP sizes that work) where a cut does not divide.
+    Raises a LayoutError (with part, numbers, the TP sizes that work) where a cut does not divide.
     """
 
     cuts: tuple[Cut, ...]
     tp_size: int = 1
 
     def __post_init__(self) -> None:
+        if self.tp_size < 1:
+            raise LayoutError(f"tp_size is {self.tp_size}, needs at least 1")
         fused = [dim for dim, cut in enumerate(self.cuts) if len(cut.axis.parts) > 1]
         if len(fused) > 1:
             raise LayoutError(f"dims {fused} both have several parts, needs at most one such dim")
-        for dim, cut in enumerate(self.cuts):
-            for part in cut.axis.parts:
-                cut.check(part, self.tp_size, "rows" if dim == 0 else "columns")
+        padded = [d for d, cut in enumerate(self.cuts) if any(p.pad_to for p in cut.axis.parts)]
+        if len(padded) > 1:
+            raise LayoutError(f"dims {padded} are both padded, needs at most one such dim")
+        try:
+            for dim, cut in enumerate(self.cuts):
+                for part in cut.axis.parts:
+                    cut.check(part, self.tp_size, "rows" if dim == 0 else "columns")
+        except LayoutError as error:
+            error.hint = suggest_tp(self._fits, self.tp_size)  # the part knew only what fits itself
+            raise
 
     @staticmethod
     def replicated(shape: tuple[int, ...], tp_size: int = 1) -> Layout:
@@ -258,6 +287,9 @@ class Layout:
         return Layout(
             cuts=tuple(Cut(axis=Axis.of(n, max_pieces=1)) for n in shape), tp_size=tp_size
         )
+
+    def _fits(self, tp_size: int) -> bool:
+        return all(cut.fits(part, tp_size) for cut in self.cuts for part in cut.axis.parts)
 
     def permuted(self, order: Sequence[int]) -> Layout:
         """The layout of the tensor whose dim i is this one's dim order[i]."""
@@ -304,6 +336,7 @@ class Layout:
 
         fused_source   the checkpoint tensor holds all parts side by side
         """
+        assert 0 <= tp_rank < self.tp_size, f"rank {tp_rank} of a layout for {self.tp_size} ranks"
         sources: list[Span] = []
         targets: list[Span] = []
         for dim, cut in enumerate(self.cuts):
@@ -333,6 +366,8 @@ class Layout:
                 at = self._target_offset(cut, part)
                 left = max(part.size - start, 0)
                 used = entries(0, left, cut, left)[1]
+                if used == self._piece_entries(cut, part):
+                    continue  # a ragged last entry covers the padding, too
                 spans = [(0, n) for n in self.local_shape]
                 spans[dim] = (at + used, at + self._piece_entries(cut, part))
                 boxes.append(Region.box(self.local_shape, spans))

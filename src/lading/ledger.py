@@ -1,52 +1,112 @@
 """What of a parameter has been written by loads, so that nothing is written twice or left out.
 
-A ledger belongs to one parameter's memory: when the memory is replaced (`param.data = ...`) or changed
-by someone else (`param[:] = ...`), what was noted no longer holds and is forgotten. Regions are in the
-parameter's local coordinates.
+A ledger belongs to one parameter's memory: when the memory is replaced (`param.data = ...`) or
+changed by someone else (`param[:] = ...`), what was noted no longer holds and is forgotten. Regions
+are in the parameter's local coordinates.
 """
 
 from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
 
 import torch
 
 from lading import writing
 from lading.errors import ConflictError
+from lading.layouts import PartName
 from lading.regions import Copy, Region, cover, reordered
 
 __all__ = ["Ledger"]
 
-_Key = tuple[tuple[int, ...], int, int]
+# Devices whose tensors have a storage to recognise their memory by; lazy ones have none.
+_WITH_STORAGE = ("cpu", "cuda", "meta")
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Which memory a parameter had, seen how. The weak reference keeps no memory alive, and no
+    other storage can equal it, as an address that is used again would.
+    """
+
+    storage: weakref.ref[torch.UntypedStorage] | None
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    version: int
+
+    @staticmethod
+    def of(param: torch.Tensor) -> _Memory:
+        has_storage = param.device.type in _WITH_STORAGE
+        return _Memory(
+            storage=weakref.ref(param.untyped_storage()) if has_storage else None,
+            offset=int(param.storage_offset()) if has_storage else 0,
+            shape=tuple(param.shape),
+            stride=param.stride() if has_storage else (),
+            version=0 if param.is_inference() else param._version,
+        )
 
 
 class Ledger:
-    """The regions of one parameter that loads have written."""
+    """The regions of one parameter that loads have written.
 
-    def __init__(self) -> None:
-        self._regions: list[Region] = []
-        self._key: _Key | None = None
+    shared   whether several parameters over one tensor keep this ledger together
+    """
+
+    def __init__(self, *, shared: bool = False) -> None:
+        self._notes: dict[Region, PartName] = {}
+        self._memory: _Memory | None = None
+        self._shared = shared
+        self._owner: int | None = None
 
     def start(self) -> None:
         """Forgets everything: the next loads may write other bytes."""
-        self._regions, self._key = [], None
+        self._notes, self._memory = {}, None
 
-    def note(self, param: torch.Tensor, region: Region) -> None:
-        """Remembers that a region was written."""
+    def kept_by(self, param: torch.Tensor) -> Ledger:
+        """The ledger itself, or a copy where it is another parameter's (a clone by `__dict__`).
+
+        The parameter is known by its id: a weak reference to it would forbid
+        `torch.utils.swap_tensors`. An id that is used again does no harm, memory is compared too.
+        """
+        if self._shared or self._owner == id(param):
+            return self
+        kept = self
+        if self._owner is not None:
+            kept = Ledger()
+            kept._notes, kept._memory = dict(self._notes), self._memory
+        kept._owner = id(param)
+        return kept
+
+    def note(self, param: torch.Tensor, region: Region, part: PartName = None) -> None:
+        """Remembers that a region was written, by which part."""
         self._refresh(param)
-        self._key = _key(param)
-        if region not in self._regions:
-            self._regions.append(region)
+        if self._memory is None:
+            self._memory = _Memory.of(param)
+        self._notes[region] = part
 
     def check(
-        self, param: torch.Tensor, data: torch.Tensor, copy: Copy, values: torch.Tensor
+        self,
+        param: torch.Tensor,
+        data: torch.Tensor,
+        copy: Copy,
+        values: torch.Tensor,
+        *,
+        any_part: bool = True,
     ) -> None:
-        """Raises a ConflictError where `values` would overwrite what a load wrote, with other bytes."""
+        """Raises a ConflictError where `values` would overwrite what was loaded, with other bytes.
+
+        any_part   False: only what the same part wrote counts
+        """
         self._refresh(param)
-        if not self._regions or type(values) not in (torch.Tensor, torch.nn.Parameter):
+        if not self._notes or type(values) not in (torch.Tensor, torch.nn.Parameter):
             return
         if "meta" in (data.device.type, values.device.type):
             return
         region = copy.target_region
-        for written in self._regions:
+        for written, part in self._notes.items():
+            if _are_apart(written, region) or not (any_part or part == copy.part):
+                continue
             both = written.intersect(region)
             if both is None:
                 continue
@@ -59,28 +119,30 @@ class Ledger:
                 )
 
     def missing(self, param: torch.Tensor, padding: tuple[Region, ...]) -> Region | None:
-        """A box that loads have not written although they wrote others; None where all or none is."""
+        """A box that loads have not written, though they wrote others; None where all or none."""
         self._refresh(param)
-        if not self._regions:
+        if not self._notes:
             return None
-        disjoint: list[Region] = []
-        for region in [*padding, *self._regions]:
-            if all(region.intersect(other) is None for other in disjoint):
-                disjoint.append(region)
-        return cover(tuple(param.shape), disjoint).missing
+        return cover(tuple(param.shape), [*padding, *self._notes]).missing
 
     def permute(self, param: torch.Tensor, order: tuple[int, ...]) -> None:
-        """Follows a permutation of the parameter's dims, after it was made."""
-        self._regions = [reordered(region, order) for region in self._regions]
-        self._key = _key(param) if self._regions else None
+        """Permutes the parameter's dims in place, and what is noted with them."""
+        self._refresh(param)
+        param.data = param.data.permute(*order)
+        if self._notes:
+            self._notes = {reordered(r, order): part for r, part in self._notes.items()}
+            self._memory = _Memory.of(param)
 
     def _refresh(self, param: torch.Tensor) -> None:
-        if self._key is not None and self._key != _key(param):
+        if self._memory is not None and self._memory != _Memory.of(param):
             self.start()
 
 
-def _key(param: torch.Tensor) -> _Key:
-    # Lazy and fake tensors have no address; theirs is never compared, and shape and version remain.
-    has_memory = param.device.type in ("cpu", "cuda")
-    data = torch.Tensor.detach(param)
-    return tuple(param.shape), data.data_ptr() if has_memory else 0, param._version
+def _are_apart(one: Region, two: Region) -> bool:
+    """Whether even the boxes around two regions share nothing: cheap, and nearly always so."""
+    for a, n, s, b, m, t in zip(
+        one.start, one.size, one.step, two.start, two.size, two.step, strict=True
+    ):
+        if a + (n - 1) * s < b or b + (m - 1) * t < a:
+            return True
+    return False

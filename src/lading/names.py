@@ -1,12 +1,13 @@
 """From a parameter's name to the names of its checkpoint tensors: rules as data.
 
-The field's convention (`packed_modules_mapping` of vLLM's models) is a mapping from a fused module to
-the modules that it is made of, in the order of its parts:
+The field's convention (`packed_modules_mapping` of vLLM's models) is a mapping from a fused module
+to the modules that it is made of, in the order of its parts:
 
     {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
-`model.layers.3.self_attn.qkv_proj.weight`, part 'k', is then `model.layers.3.self_attn.k_proj.weight`,
-or a slice of `model.layers.3.self_attn.qkv_proj.weight` in a checkpoint that is fused on disk.
+`model.layers.3.self_attn.qkv_proj.weight`, part 'k', is then
+`model.layers.3.self_attn.k_proj.weight`, or a slice of `model.layers.3.self_attn.qkv_proj.weight`
+in a checkpoint that is fused on disk.
 """
 
 from __future__ import annotations
@@ -70,6 +71,15 @@ class Names:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_FUSED))
     renames: tuple[tuple[str, str], ...] = ()
     skips: tuple[SkipRule, ...] = DEFAULT_SKIPS
+
+    def __post_init__(self) -> None:
+        for pattern, replacement in self.renames:
+            try:
+                re.sub(pattern, replacement, "")
+            except (re.error, IndexError) as error:
+                raise DeclarationError(
+                    f"({pattern!r}, {replacement!r}) cannot be: {error}", subject="rename rule"
+                ) from None
 
     @staticmethod
     def of(

@@ -1,8 +1,8 @@
 """Whose parameter is it: qualified names for messages, and which parameters a model has.
 
-`name_parameters` gives every parameter of a model its qualified name. lading's verbs and layers call
-it; where nobody has, `name_of` looks for the module that holds the parameter. That search walks the
-interpreter's objects, so it runs only while an error message is being made.
+`name_parameters` gives every parameter of a model its qualified name. lading's verbs and layers
+call it; where nobody has, `name_of` looks for the module that holds the parameter. That search
+walks the interpreter's objects, so it runs only while an error message is being made.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """A plan: every copy from checkpoint tensors to parameters, for a set of ranks, proved.
 
-`make_plan` is pure: declarations, headers and ranks in, a frozen value out, or every problem at once
-(a PlanError). It opens no file, touches no tensor and needs no torch, so that all ranks can be planned
-in one process. Which tensor goes where does not depend on the rank, so all ranks reach one verdict.
+`make_plan` is pure: declarations, headers and ranks in, a frozen value out, or every problem at
+once (a PlanError). It opens no file, touches no tensor and needs no torch, so that all ranks can be
+planned in one process. Which tensor goes where does not depend on the rank, so all ranks reach one
+verdict.
 
 What a plan proves, from the regions alone:
     each element of each parameter is written exactly once, or is declared padding;
     each element of each used checkpoint tensor is kept by at least one rank: none is dropped;
-    each checkpoint tensor is used, compared with its tied twin, skipped by a named rule, or an error.
+    each checkpoint tensor is used, compared with its tied twin, skipped by a rule, or an error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lading import dtypes
 from lading.checkpoint import Source
 from lading.errors import (
     CallError,
+    DeclarationError,
     DtypeError,
     LadingError,
     LayoutError,
@@ -31,10 +33,11 @@ from lading.errors import (
     ShapeError,
     SurplusTensorError,
 )
-from lading.layouts import Layout, PartName, Placement
+from lading.layouts import Layout, PartName
 from lading.names import Names
+from lading.proof import Worked, work_out
 from lading.ranks import Ranks
-from lading.regions import Copy, Coverage, Region, cover
+from lading.regions import Copy, Region
 
 __all__ = ["Binding", "Fill", "Plan", "Share", "Skipped", "Target", "Tie", "make_plan"]
 
@@ -53,6 +56,13 @@ class Target:
     layout: Layout
     dtype: str
     aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in dtypes.BITS:
+            raise DeclarationError(
+                f"is of dtype {self.dtype!r}, needs one of: {', '.join(dtypes.BITS)}",
+                subject=self.name,
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,31 +202,81 @@ def make_plan(
     where     what messages call the checkpoint
     """
     targets = tuple(targets)
-    names = names or Names()
     _check_ranks(targets, ranks)
-    binder = _Binder(sources, names, where)
+    layouts = work_out({target.name: target.layout for target in targets})
+    binder = _Binder(sources, names or Names(), where, layouts)
     for target in targets:
         binder.bind(target)
     skipped = binder.leftovers()
     if binder.problems:
         raise PlanError(binder.problems)
+    return _assemble(
+        targets,
+        sources,
+        binder.bindings,
+        ranks=ranks,
+        ties=tuple(binder.ties),
+        skipped=skipped,
+        layouts=layouts,
+    )
+
+
+def prove_bindings(
+    targets: Sequence[Target],
+    sources: Mapping[str, Source],
+    bindings: Sequence[Binding],
+    *,
+    ranks: Sequence[Ranks],
+    ties: tuple[Tie, ...] = (),
+    skipped: tuple[Skipped, ...] = (),
+) -> Plan:
+    """The plan of bindings that somebody else has found, checked and proved like make_plan's own.
+
+    Each binding names a target, one of its parts, and a source that exist: the caller has checked
+    that. Shapes, dtypes and coverage are checked here, all problems raised in one PlanError.
+    """
+    _check_ranks(targets, ranks)
+    layouts = work_out({target.name: target.layout for target in targets})
     by_name = {target.name: target for target in targets}
-    prover = _Prover()
-    problems: list[LadingError] = []
+    problems = [
+        _binding_problem(by_name[b.target], layouts[b.target], b, sources[b.source])
+        for b in bindings
+    ] + [_tie_problem(tie, sources, None) for tie in ties]
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        raise PlanError(found)
+    return _assemble(
+        targets, sources, bindings, ranks=ranks, ties=ties, skipped=skipped, layouts=layouts
+    )
+
+
+def _assemble(
+    targets: Sequence[Target],
+    sources: Mapping[str, Source],
+    bindings: Sequence[Binding],
+    *,
+    ranks: Sequence[Ranks],
+    ties: tuple[Tie, ...],
+    skipped: tuple[Skipped, ...],
+    layouts: Mapping[str, Worked],
+) -> Plan:
     grouped: dict[str, list[Binding]] = {target.name: [] for target in targets}
-    for binding in binder.bindings:
+    for binding in bindings:
         grouped[binding.target].append(binding)
-    for name, bindings in grouped.items():
-        problems += prover.prove(by_name[name], bindings)
+    problems = [
+        LayoutError(fact, subject=name)
+        for name, of_target in grouped.items()
+        for fact in layouts[name].faults(tuple((b.part, b.fused) for b in of_target))
+    ]
     if problems:
         raise PlanError(problems)
-    used = {binding.source for binding in binder.bindings} | {tie.twin for tie in binder.ties}
+    used = {binding.source for binding in bindings} | {tie.twin for tie in ties}
     return Plan(
-        targets=targets,
+        targets=tuple(targets),
         sources={name: source for name, source in sources.items() if name in used},
-        bindings=tuple(binder.bindings),
-        shares=tuple(_share(one, grouped, by_name, prover) for one in ranks),
-        ties=tuple(binder.ties),
+        bindings=tuple(bindings),
+        shares=tuple(_share(one, grouped, layouts) for one in ranks),
+        ties=ties,
         skipped=skipped,
     )
 
@@ -242,8 +302,14 @@ def _check_ranks(targets: Sequence[Target], ranks: Sequence[Ranks]) -> None:
 class _Binder:
     """Finds each part's checkpoint tensor and checks shape and dtype, collecting problems."""
 
-    def __init__(self, sources: Mapping[str, Source], names: Names, where: str) -> None:
-        self.sources, self.names, self.where = sources, names, where
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        names: Names,
+        where: str,
+        layouts: Mapping[str, Worked],
+    ) -> None:
+        self.sources, self.names, self.where, self.layouts = sources, names, where, layouts
         self.bindings: list[Binding] = []
         self.ties: list[Tie] = []
         self.problems: list[LadingError] = []
@@ -263,8 +329,11 @@ class _Binder:
             self._note_missing(target)
             return
         first = found[0]
+        layout = self.layouts[target.name]
         for binding in first:
-            self._check(target, binding)
+            problem = _binding_problem(target, layout, binding, self.sources[binding.source])
+            if problem is not None:
+                self.problems.append(problem)
         self.bindings += first
         for other in found[1:]:
             self._tie(target, first, other)
@@ -272,7 +341,7 @@ class _Binder:
     def _look_up(self, target: Target, name: str) -> list[Binding]:
         """The bindings under one of a target's names; none where the file has nothing of it."""
         whole = self.names.whole(name)
-        parts = target.layout.part_names
+        parts = self.layouts[target.name].part_names
         if len(parts) == 1:
             return [self._binding(target, parts[0], whole)] if whole in self.sources else []
         try:
@@ -311,7 +380,7 @@ class _Binder:
         return Binding(target=target.name, part=part, source=source, fused=fused)
 
     def _note_missing(self, target: Target) -> None:
-        parts = target.layout.part_names
+        parts = self.layouts[target.name].part_names
         whole = self.names.whole(target.name)
         stored = self.names.parts(target.name, len(parts)) if len(parts) > 1 else None
         if stored is None:
@@ -328,51 +397,19 @@ class _Binder:
             )
         )
 
-    def _check(self, target: Target, binding: Binding) -> None:
-        source, layout = self.sources[binding.source], target.layout
-        needed = layout.fused_shape if binding.fused else layout.source_shape(binding.part)
-        part = None if binding.fused else binding.part
-        found = f"checkpoint tensor {source.name!r} is {dtypes.spell(source.dtype, source.shape)}"
-        want = f"needs {dtypes.spell(target.dtype, needed)}"
-        if source.shape != needed and not (source.shape == () and needed == (1,)):
-            if binding.fused and binding.part != layout.part_names[0]:
-                return  # one fused tensor, one message
-            self.problems.append(
-                ShapeError(
-                    f"{found}, {want} ({_why_shape(layout, source.shape, needed)})",
-                    subject=target.name,
-                    part=part,
-                    file=source.file,
-                )
-            )
-            return
-        problem = dtypes.cast_problem(source.dtype, target.dtype)
-        if problem is not None and not (binding.fused and binding.part != layout.part_names[0]):
-            self.problems.append(
-                DtypeError(
-                    f"{found}, {want} ({problem})",
-                    subject=target.name,
-                    part=part,
-                    file=source.file,
-                )
-            )
-
     def _tie(self, target: Target, kept: list[Binding], other: list[Binding]) -> None:
         """A second name of a tied parameter is in the file too: to be compared, not ignored."""
-        for one, two in zip(kept, other, strict=True):
-            a, b = self.sources[one.source], self.sources[two.source]
-            if (a.shape, a.dtype) != (b.shape, b.dtype):
-                self.problems.append(
-                    ShapeError(
-                        f"tied checkpoint tensor {b.name!r} is {dtypes.spell(b.dtype, b.shape)}, needs "
-                        f"{dtypes.spell(a.dtype, a.shape)} (as {a.name!r}, to which config.json ties it)",
-                        subject=target.name,
-                        part=one.part,
-                        file=b.file,
-                    )
-                )
+        found = {
+            Tie(target=target.name, source=one.source, twin=two.source): one.part
+            for one, two in zip(kept, other, strict=True)
+            if one.source != two.source  # two names of the model may be one in the file
+        }
+        for tie, part in found.items():
+            problem = _tie_problem(tie, self.sources, part)
+            if problem is not None:
+                self.problems.append(problem)
             else:
-                self.ties.append(Tie(target=target.name, source=a.name, twin=b.name))
+                self.ties.append(tie)
 
     def leftovers(self) -> tuple[Skipped, ...]:
         """What no parameter takes: skipped by a rule, or a problem."""
@@ -395,101 +432,85 @@ class _Binder:
         return tuple(skipped)
 
 
-def _why_shape(layout: Layout, found: tuple[int, ...], needed: tuple[int, ...]) -> str:
+def _binding_problem(
+    target: Target, worked: Worked, binding: Binding, source: Source
+) -> LadingError | None:
+    """Why this checkpoint tensor cannot be that part, None where it can."""
+    layout = worked.layout
+    needed = worked.source_shape(binding.part, fused=binding.fused)
+    # A 0-d tensor is as good as one of one element: scales are stored both ways.
+    is_fitting = source.shape == needed or (source.shape == () and needed == (1,))
+    problem = dtypes.cast_problem(source.dtype, target.dtype)
+    if is_fitting and problem is None:
+        return None
+    if binding.fused and binding.part != worked.part_names[0]:
+        return None  # one fused tensor, one message
+    found = f"checkpoint tensor {source.name!r} is {dtypes.spell(source.dtype, source.shape)}"
+    want = f"needs {dtypes.spell(target.dtype, needed)}"
+    part = None if binding.fused else binding.part
+    if not is_fitting:
+        why = _why_shape(layout, binding, source.shape, needed)
+        return ShapeError(
+            f"{found}, {want} ({why})", subject=target.name, part=part, file=source.file
+        )
+    return DtypeError(
+        f"{found}, {want} ({problem})", subject=target.name, part=part, file=source.file
+    )
+
+
+def _tie_problem(tie: Tie, sources: Mapping[str, Source], part: PartName) -> LadingError | None:
+    """Why two checkpoint tensors cannot be equal, None where they can."""
+    a, b = sources[tie.source], sources[tie.twin]
+    if (a.shape, a.dtype) == (b.shape, b.dtype):
+        return None
+    return ShapeError(
+        f"tied checkpoint tensor {b.name!r} is {dtypes.spell(b.dtype, b.shape)}, needs "
+        f"{dtypes.spell(a.dtype, a.shape)} (as {a.name!r}, to which it is tied)",
+        subject=tie.target,
+        part=part,
+        file=b.file,
+    )
+
+
+def _why_shape(
+    layout: Layout, binding: Binding, found: tuple[int, ...], needed: tuple[int, ...]
+) -> str:
     """Where the needed number comes from: '4096 = in_features of the layer'."""
     if len(found) != len(needed):
         return f"{len(needed)} dims"
-    reasons = []
-    for cut, have, want in zip(layout.cuts, found, needed, strict=True):
-        if have != want:
-            reasons.append(f"{want} = {cut.axis.name}" if cut.axis.name else f"{want}, not {have}")
-    text = ", ".join(dict.fromkeys(reasons))
+    reasons = {
+        _why_entries(layout, dim, binding, want): None
+        for dim, (have, want) in enumerate(zip(found, needed, strict=True))
+        if have != want
+    }
+    text = ", ".join(reasons)
     return f"{text}; the file has it transposed" if found == needed[::-1] else text
 
 
-class _Prover:
-    """Placements by (layout, part, rank), each layout worked out and proved once."""
-
-    def __init__(self) -> None:
-        self._placements: dict[tuple[int, PartName, int, bool], Placement | None] = {}
-        self._padding: dict[tuple[int, int], tuple[Region, ...]] = {}
-        self._proved: dict[tuple[int, tuple[tuple[PartName, bool], ...]], list[str]] = {}
-        # Hashing a Layout walks its values: equal layouts are interned, and then known by their id.
-        self._known: dict[Layout, Layout] = {}
-        self._by_id: dict[int, Layout] = {}
-
-    def place(self, layout: Layout, binding: Binding, tp_rank: int) -> Placement | None:
-        """What rank r keeps of a binding's part."""
-        key = (id(self._intern(layout)), binding.part, tp_rank, binding.fused)
-        try:
-            return self._placements[key]
-        except KeyError:
-            found = layout.place(binding.part, tp_rank, fused_source=binding.fused)
-            return self._placements.setdefault(key, found)
-
-    def padding(self, layout: Layout, tp_rank: int) -> tuple[Region, ...]:
-        """The boxes of rank r's parameter that are padding."""
-        key = (id(self._intern(layout)), tp_rank)
-        if key not in self._padding:
-            self._padding[key] = layout.padding(tp_rank)
-        return self._padding[key]
-
-    def _intern(self, layout: Layout) -> Layout:
-        found = self._by_id.get(id(layout))
-        if found is None:
-            found = self._known.setdefault(layout, layout)
-            self._by_id[id(layout)] = found
-        return found
-
-    def prove(self, target: Target, bindings: Sequence[Binding]) -> list[LadingError]:
-        """The faults of one target over ALL ranks of its layout; a fault is lading's or a layout's."""
-        layout = self._intern(target.layout)
-        key = (id(layout), tuple((b.part, b.fused) for b in bindings))
-        if key not in self._proved:
-            try:
-                self._proved[key] = list(self._faults(layout, bindings))
-            except LayoutError as error:
-                self._proved[key] = [error.fact]
-        return [LayoutError(fact, subject=target.name) for fact in self._proved[key]]
-
-    def _faults(self, layout: Layout, bindings: Sequence[Binding]) -> Iterable[str]:
-        kept: dict[PartName | bool, dict[Region, None]] = {}
-        shape = layout.local_shape
-        for rank in range(layout.tp_size):
-            written = list(self.padding(layout, rank))
-            for binding in bindings:
-                placement = self.place(layout, binding, rank)
-                if placement is None:
-                    continue
-                written.append(placement.target)
-                kept.setdefault(True if binding.fused else binding.part, {})[placement.source] = (
-                    None
-                )
-            yield from _fault(cover(shape, written), f"rank {rank} of {layout.tp_size}")
-        for part, regions in kept.items():
-            source_shape = next(iter(regions)).shape
-            yield from _fault(cover(source_shape, list(regions)), f"the file's part {part!r}")
-
-
-def _fault(coverage: Coverage, where: str) -> Iterable[str]:
-    if coverage.missing is not None:
-        yield f"elements {coverage.missing} of {list(coverage.missing.shape)} are in no copy ({where})"
-    if coverage.twice is not None:
-        yield f"elements {coverage.twice} of {list(coverage.twice.shape)} are in two copies ({where})"
+def _why_entries(layout: Layout, dim: int, binding: Binding, want: int) -> str:
+    cut = layout.cuts[dim]
+    name, size = cut.axis.name or "the declared size", cut.axis.size
+    if dim == layout.fused_dim and not binding.fused:
+        part = next(part for part in cut.axis.parts if part.name == binding.part)
+        name, size = f"the part's share of {name}", part.size
+        if part.unit > 1:
+            name = f"{size // part.unit} {part.unit_name or 'units'} of {part.unit}"
+    if cut.grain == 1:
+        return f"{want} = {name}"
+    rounded = ", rounded up" if want * cut.grain != size else ""
+    reason = f"; {cut.reason}" if cut.reason else ""
+    return f"{want} = {size} / {cut.grain}{rounded}: {name}{reason}"
 
 
 def _share(
-    ranks: Ranks,
-    grouped: Mapping[str, Sequence[Binding]],
-    targets: Mapping[str, Target],
-    prover: _Prover,
+    ranks: Ranks, grouped: Mapping[str, Sequence[Binding]], layouts: Mapping[str, Worked]
 ) -> Share:
     copies: list[Copy] = []
     fills: list[Fill] = []
     for name, bindings in grouped.items():
-        layout = targets[name].layout
+        layout = layouts[name]
         for binding in bindings:
-            placement = prover.place(layout, binding, ranks.tp_rank)
+            placement = layout.place(binding.part, ranks.tp_rank, fused=binding.fused)
             if placement is not None:
                 copies.append(
                     Copy(
@@ -500,5 +521,5 @@ def _share(
                         target_region=placement.target,
                     )
                 )
-        fills += (Fill(target=name, region=r) for r in prover.padding(layout, ranks.tp_rank))
+        fills += (Fill(target=name, region=region) for region in layout.padding(ranks.tp_rank))
     return Share(ranks=ranks, copies=tuple(copies), fills=tuple(fills))

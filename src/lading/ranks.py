@@ -1,7 +1,8 @@
 """Who am I among the ranks: a value, and the one place that asks torch.distributed.
 
 Everything else takes `Ranks` as an argument. The drop-in constructors of `lading.parameter` and
-`lading.nn` call `current()` by default, because code written against the field's classes passes none.
+`lading.nn` call `current()` by default, because code written against the field's classes passes
+none.
 
 The collectives that lading needs stand here too, so that torch.distributed is imported by one file:
 `exchange` (every rank's verdict, for loading), `all_reduce` and `all_gather` (for forward passes).
@@ -27,7 +28,7 @@ __all__ = ["Ranks", "all_ranks", "as_current", "current", "explicit_current", "s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """One rank's place: tensor-parallel rank `tp_rank` of `tp_size`, expert-parallel `ep_rank` of `ep_size`.
+    """One rank's place among the tensor-parallel ranks, and among the expert-parallel ones.
 
     Raises a CallError where a rank is not in 0 .. size - 1.
     """
@@ -75,7 +76,7 @@ _local = _Local()
 
 
 def set_current(ranks: Ranks | None) -> None:
-    """The rank that drop-in constructors and loads of this thread see; None asks torch.distributed."""
+    """The rank that this thread's constructors and loads see; None asks torch.distributed."""
     if ranks is not None and not isinstance(ranks, Ranks):
         raise CallError(f"is {ranks!r}, needs a Ranks or None", subject="set_current")
     _local.value = ranks
@@ -103,7 +104,7 @@ def current() -> Ranks:
 
 
 def world() -> Ranks:
-    """This process's rank in torch.distributed's default group; one rank where there is none."""
+    """The process's rank in torch.distributed's default group; one rank where there is none."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
@@ -114,8 +115,8 @@ def world() -> Ranks:
 def join_world(*, device_type: str) -> bool:
     """Joins the process group that a launcher (torchrun) described in the environment.
 
-    Returns whether it joined: False where a group exists already or no launcher started us. NCCL for
-    CUDA, gloo otherwise.
+    Returns whether it joined: False where a group exists already or no launcher started us. NCCL
+    for CUDA, gloo otherwise.
     """
     import torch.distributed as dist
 
@@ -150,8 +151,9 @@ def leave_world() -> None:
 def group_of(ranks: Ranks, group: ProcessGroup | None) -> ProcessGroup | None:
     """The process group over which these ranks agree, None where this process acts alone.
 
-    With no group given it is the default one, if `ranks` is this process's own place in it: a dry run
-    that loops over ranks in one process is alone. Raises a CallError where a given group disagrees.
+    With no group given it is the default one, if `ranks` is this process's own place in it: a dry
+    run that loops over ranks in one process is alone. Raises a CallError where a given group
+    disagrees.
     """
     import torch.distributed as dist
 

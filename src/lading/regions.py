@@ -1,20 +1,21 @@
-"""Strided boxes in tensors, and copies between them. Pure arithmetic: no torch, no names of formats.
+"""Strided boxes in tensors, and copies between them. Pure arithmetic: no torch, no formats.
 
-A `Region` lives in the coordinates of one tensor, seen row-major as `shape`; the view may have another
-rank than the tensor itself (a 0-d scale seen as [1], a fused [3*D, I] seen as [3, D, I]), its number
-of elements is always the tensor's. A `Copy` says that a region of a source equals a region of a target.
+A `Region` lives in the coordinates of one tensor, seen row-major as `shape`; the view may have
+another rank than the tensor itself (a 0-d scale seen as [1], a fused [3*D, I] seen as [3, D, I]),
+its number of elements is always the tensor's. A `Copy` says that a region of a source equals a
+region of a target.
 
 Letters: d = a dim, n = elements along it.
 
-    Region(shape=(8, 6), start=(2, 0), size=(4, 6), step=(1, 1))      prints as [2:6, 0:6] of [8, 6]
-    Region(shape=(8, 6), start=(1, 0), size=(4, 6), step=(2, 1))      prints as [1:8:2, 0:6]: the odd rows
+    Region(shape=(8, 6), start=(2, 0), size=(4, 6), step=(1, 1))   [2:6, 0:6]
+    Region(shape=(8, 6), start=(1, 0), size=(4, 6), step=(2, 1))   [1:8:2, 0:6]: the odd rows
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import gcd, lcm, prod
 
 __all__ = ["Copy", "Coverage", "Region", "cover", "merge", "reordered"]
@@ -100,25 +101,30 @@ class Region:
         """`inner`, given in the coordinates of this box, in the coordinates of the tensor."""
         if inner.shape != self.size:
             raise ValueError(f"a region of {list(inner.shape)} inside a box of {list(self.size)}")
-        return Region(
-            shape=self.shape,
-            start=tuple(
-                a + b * s for a, b, s in zip(self.start, inner.start, self.step, strict=True)
-            ),
-            size=inner.size,
-            step=tuple(a * b for a, b in zip(self.step, inner.step, strict=True)),
-        )
+        start, step = [], []
+        mine = zip(self.shape, self.start, self.step, strict=True)
+        theirs = zip(inner.start, inner.size, inner.step, strict=True)
+        for (n, a, s), (b, size, t) in zip(mine, theirs, strict=True):
+            start.append(a + b * s if size else min(a + b * s, n))  # nothing may begin at the end
+            step.append(s * t if size > 1 else 1)
+        return Region(shape=self.shape, start=tuple(start), size=inner.size, step=tuple(step))
 
     def inside(self, outer: Region) -> Region:
-        """This region, which lies in `outer`, in the coordinates of that box: compose's inverse."""
-        if self.intersect(outer) != self:
-            raise ValueError(f"region {self} is not inside {outer}")
+        """The region, which lies in `outer`, in the coordinates of that box: compose's inverse."""
+        if self.shape != outer.shape:
+            raise ValueError(
+                f"regions of different tensors: {list(self.shape)}, {list(outer.shape)}"
+            )
         start, step = [], []
-        for a, n, s, b, t in zip(
-            self.start, self.size, self.step, outer.start, outer.step, strict=True
-        ):
-            start.append((a - b) // t)
-            step.append(s // t if n > 1 else 1)
+        mine = zip(self.start, self.size, self.step, strict=True)
+        theirs = zip(outer.start, outer.size, outer.step, strict=True)
+        for (a, size, s), (b, n, t) in zip(mine, theirs, strict=True):
+            both = _intersect_progressions((a, size, s), (b, n, t))
+            if (both[1] if both is not None else 0) != size:
+                raise ValueError(f"region {self} is not inside {outer}")
+            # Nothing is inside everything: where it begins is kept only as far as it can be.
+            start.append((a - b) // t if size else min(max((a - b) // t, 0), n))
+            step.append(s // t if size > 1 else 1)
         return Region(shape=outer.size, start=tuple(start), size=self.size, step=tuple(step))
 
     def runs(self) -> Runs:
@@ -132,7 +138,7 @@ class Runs:
 
     first     offset of the first run, in elements
     length    elements in each run
-    counts, strides   the grid of runs: counts[i] runs that are strides[i] elements apart, outermost first
+    counts, strides   the grid: counts[i] runs that are strides[i] elements apart, outermost first
     """
 
     first: int
@@ -181,7 +187,7 @@ class Copy:
     source, target   names of the two tensors
     part             which part of a fused target this is, None where it has only one
     source_region, target_region   in each tensor's own coordinates
-    axes             target dim i runs along source dim axes[i]; () when the dims are in the same order
+    axes             target dim i runs along source dim axes[i]; () when all are in the same order
     """
 
     source: str
@@ -316,10 +322,10 @@ class Coverage:
 
 
 def cover(shape: Sequence[int], regions: Sequence[Region]) -> Coverage:
-    """Whether the regions cover a tensor of this shape exactly once; a witness box where they do not.
+    """Whether the regions cover a tensor exactly once; a witness box where they do not.
 
-    Exact for strided boxes. The tensor is cut, dim by dim, into slabs in which the set of regions does
-    not change; cost O(regions * slabs), and one region alone is answered at once.
+    Exact for strided boxes. The tensor is cut, dim by dim, into slabs in which the set of regions
+    does not change; cost O(regions * slabs), and one region alone is answered at once.
     """
     shape = tuple(shape)
     for region in regions:
@@ -375,7 +381,7 @@ def _slabs(
     cuts = sorted(bounds)
     waiting = sorted(active, key=lambda item: item[1].start[dim])
     position, here = 0, []
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in pairwise(cuts):
         while position < len(waiting) and waiting[position][1].start[dim] <= low:
             here.append(waiting[position])
             position += 1
@@ -422,7 +428,7 @@ def _joined(one: Copy, two: Copy) -> Copy | None:
         return None
     if d.start[dim] != c.start[dim] + c.size[dim] * c.step[dim]:
         return None
-    size = a.size[:dim] + (a.size[dim] + b.size[dim],) + a.size[dim + 1 :]
+    size = (*a.size[:dim], a.size[dim] + b.size[dim], *a.size[dim + 1 :])
     return Copy(
         source=one.source,
         target=one.target,

@@ -9,6 +9,8 @@ Regions are in the parameter's own local coordinates, possibly of a reshaped vie
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lading import dtypes
@@ -62,7 +64,8 @@ def memory(target: torch.Tensor, region: Region) -> memoryview | None:
     if not view.is_contiguous():
         return None
     flat = view.detach().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy()).cast("B") if flat.numel() else memoryview(bytearray())
+    array: Any = flat.numpy()  # its stubs declare no buffer
+    return memoryview(array).cast("B") if flat.numel() else memoryview(bytearray())
 
 
 def check_dtypes(source: torch.dtype, target: torch.dtype) -> None:
@@ -100,8 +103,9 @@ def check_values(values: torch.Tensor, target: torch.dtype) -> None:
     lost = torch.isfinite(values) & ~torch.isfinite(values.to(target))
     if bool(lost.any()):
         worst = float(values[lost].abs().max())
+        name = dtypes.printed(dtypes.from_torch(target))
         raise DtypeError(
-            f"{int(lost.sum())} values are too large for {dtypes.printed(dtypes.from_torch(target))}: "
+            f"{int(lost.sum())} values are too large for {name}: "
             f"up to {worst:g}, needs at most {limit:g}"
         )
 
@@ -110,12 +114,6 @@ def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bytes (NaN equals the same NaN)."""
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
-    if one.dtype.is_floating_point and one.element_size() > 1:
-        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-        return torch.equal(one.contiguous().view(whole), two.contiguous().view(whole))
-    if one.dtype.is_floating_point or one.dtype.is_complex:
-        return torch.equal(
-            one.contiguous().reshape(-1).view(torch.uint8),
-            two.contiguous().reshape(-1).view(torch.uint8),
-        )
-    return torch.equal(one, two)
+    # As bytes: not every dtype can be compared (float4), and -0.0 is not 0.0.
+    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)]
+    return torch.equal(*bits)

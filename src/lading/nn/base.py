@@ -24,10 +24,34 @@ from lading.ranks import Ranks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ParallelLayer", "check_loaded", "start_load"]
+__all__ = ["LoadableModule", "ParallelLayer", "check_loaded", "start_load"]
 
 
-class ParallelLayer(nn.Module):
+class LoadableModule(nn.Module):
+    """A module whose parameters stay what they are when they get new memory, and are guarded."""
+
+    def require_loaded(self) -> None:
+        """Raises a NotLoadedError where a load has begun and left elements unwritten."""
+        if torch.compiler.is_compiling():
+            return
+        for param in self._parameters.values():
+            if isinstance(param, BasevLLMParameter):
+                _require_complete(param)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoadableModule:
+        # to_empty() and conversions that need new memory make plain Parameters: keep ours, layout and all.
+        before = dict(self._parameters)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._parameters[name]
+            if new is None or new is old or not isinstance(old, BasevLLMParameter):
+                continue
+            if not isinstance(new, BasevLLMParameter):
+                self._parameters[name] = like(old, new.data)
+        return self
+
+
+class ParallelLayer(LoadableModule):
     """A layer whose parameters are one rank's share of a `Layer`.
 
     ranks    this rank's place; `lading.ranks.current()` by default
@@ -86,26 +110,6 @@ class ParallelLayer(nn.Module):
     ) -> None:
         """Loads a full checkpoint tensor: one part, or all parts where it is fused on disk."""
         raise DeclarationError("has no loader of its own", subject=type(self).__name__)
-
-    def require_loaded(self) -> None:
-        """Raises a NotLoadedError where a load has begun and left elements unwritten."""
-        if torch.compiler.is_compiling():
-            return
-        for param in self._parameters.values():
-            if isinstance(param, BasevLLMParameter):
-                _require_complete(param)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParallelLayer:
-        # to_empty() and conversions that need new memory make plain Parameters: keep ours, layout and all.
-        before = dict(self._parameters)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._parameters[name]
-            if new is None or new is old or not isinstance(old, BasevLLMParameter):
-                continue
-            if not isinstance(new, BasevLLMParameter):
-                self._parameters[name] = like(old, new.data)
-        return self
 
     def extra_repr(self) -> str:
         """Full sizes, rank, bias."""

@@ -1,11 +1,12 @@
 """Parameters that know their own layout, and so load themselves on any rank.
 
 The classes keep the names and the calls of the field's reference, vLLM's
-`model_executor/parameter.py` (v0.6.6; additions of later engines are marked +), so that code written
-for them runs unchanged. What is different: every load is a `Copy` worked out by the arithmetic that
+`model_executor/parameter.py` (v0.6.6, and the additions of later engines), so that code written for
+them runs unchanged. What is different: every load is a `Copy` worked out by the arithmetic that
 plans use, checked in full before anything is written, and every refusal says what to do.
 
-Letters: O = outputs, I = inputs, both local; T = tp_size; r = tp_rank; S = ranks that share a KV head.
+Letters: O = outputs, I = inputs, both local; T = tp_size; r = tp_rank; S = ranks that share a KV
+head.
 
     call                          takes (full)              writes
     load_column_parallel_weight   [T*O, I]                  rows r*O : (r+1)*O
@@ -16,8 +17,8 @@ Letters: O = outputs, I = inputs, both local; T = tp_size; r = tp_rank; S = rank
 Sizes and offsets given by callers are local and logical; packed classes divide them by the packed
 factor when the packed dim is the output dim, exactly or with a LayoutError.
 
-Example: int4 words along the inputs, 800 inputs at T = 4: `input_dim` has 800 / 8 / 4 = 25 entries a
-rank, and rank 1 keeps entries 25:50.
+Example: int4 words along the inputs, 800 inputs at T = 4: `input_dim` has 800 / 8 / 4 = 25 entries
+a rank, and rank 1 keeps entries 25:50.
 """
 
 from lading.parameter.base import BasevLLMParameter, load_part, set_lazy_view_device

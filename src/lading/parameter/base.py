@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy as copying
 import functools
 import inspect
+import operator
 import types
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.nn import Parameter
+from torch.overrides import is_tensor_like
 
 from lading import dtypes, owners, writing
 from lading.errors import CallError, DeclarationError, KeywordError, LadingError, ShapeError
@@ -28,12 +30,15 @@ WeightLoader = Callable[..., Any]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 QKV_SLOTS = {"q": 0, "k": 1, "v": 2}
+_RANK_ATTRIBUTES = ("tp_rank", "tp_size")
 
-_lazy_view_devices: dict[str, Callable[[torch.Tensor], None]] = {"xla": torch._sync}
+_lazy_view_devices: dict[str, Callable[[torch.Tensor], None]] = {
+    "xla": torch._sync  # type: ignore[attr-defined]
+}
 
 
 def set_lazy_view_device(device_type: str, sync: Callable[[torch.Tensor], None] | None) -> None:
-    """Declares that views of a device's tensors reach the tensor late: loaders then end with `sync`.
+    """Declares that views of a device's tensors reach the tensor late: loaders end with `sync`.
 
     On XLA a write into a view is folded into its base only when the base is synchronised; without
     that, every loaded part keeps a second copy of the parameter alive. None undeclares the device.
@@ -59,20 +64,28 @@ class _SyncedLoader:
 
 
 def load_call(method: _F) -> _F:
-    """Makes a load call's errors carry the parameter's name, and unknown keywords an error of ours."""
-    allowed = [name for name in inspect.signature(method).parameters if name != "self"]
+    """Makes a load call's errors carry the parameter's name, and wrong keywords errors of ours."""
+    name = method.__name__
+    allowed = [key for key in inspect.signature(method).parameters if key != "self"]
 
     @functools.wraps(method)
     def call(self: BasevLLMParameter, *args: Any, **keywords: Any) -> Any:
         try:
-            for keyword in keywords:
-                if keyword not in allowed:
+            if len(args) > len(allowed):
+                raise KeywordError(f"{name} got {len(args)} values, needs {', '.join(allowed)}")
+            given = allowed[: len(args)]
+            for key in keywords:
+                if key not in allowed:
                     raise KeywordError(
-                        f"{method.__name__} got keyword {keyword!r}, "
-                        f"needs some of: {', '.join(allowed)}"
+                        f"{name} got keyword {key!r}, needs some of: {', '.join(allowed)}"
                     )
-            if "loaded_weight" not in keywords and not args:
-                raise KeywordError(f"{method.__name__} got no loaded_weight, needs a tensor")
+                if key in given:
+                    raise KeywordError(f"{name} got {key} twice, needs it once")
+            if not args and "loaded_weight" not in keywords:
+                raise KeywordError(f"{name} got no loaded_weight, needs a tensor")
+            loaded = args[0] if args else keywords["loaded_weight"]
+            if not is_tensor_like(loaded):  # type: ignore[no-untyped-call]
+                raise CallError(f"loaded_weight is {type(loaded).__name__}, needs a tensor")
             return method(self, *args, **keywords)
         except LadingError as error:
             raise error.located(subject=owners.name_of(self)) from None
@@ -84,39 +97,63 @@ class BasevLLMParameter(Parameter):
     """A parameter that every rank holds whole.
 
     data            1-D to 4-D (or 0-d), any dtype, any device, also meta
-    weight_loader   called by engines as weight_loader(param, loaded_weight, ...); may be None. It can
-                    be set, and deleted: reading it then raises AttributeError
+    weight_loader   called by engines as weight_loader(param, loaded_weight, ...); may be None. It
+                    can be set, and deleted: reading it then raises AttributeError
 
-    `tp_rank` and `tp_size` are plain attributes stamped at construction. What counts at load time is,
-    first to last: `tp_rank=` of the call; the attributes, where they were overwritten; what
-    `lading.ranks.set_current` set; the stamp, if `set_current` had set it; torch.distributed's world.
+    `tp_rank` and `tp_size` are plain attributes stamped at construction. What counts at load time
+    is, first to last: `tp_rank=` of the call; the attributes, where they were overwritten; what
+    `lading.ranks.set_current` set; the stamp, if `set_current` had set it; torch.distributed's
+    world. Where only a rank is known, T follows from the loaded tensor.
     """
+
+    # Whether the parts that merged and qkv loads put in one place may differ. A plain parameter
+    # holds what no rank and no part owns (compressed-tensors' `weight_shape` of q, k and v): the
+    # last one stays.
+    _parts_may_differ: ClassVar[bool] = True
 
     _weight_loader: WeightLoader | None
     tp_rank: int
     tp_size: int
     qualified_name: str | None
     tp_layout: Layout | None
+    _stamp: tuple[int, int, bool]
+    _overwritten: frozenset[str]
 
     def __new__(cls, data: torch.Tensor | None = None, **_: Any) -> BasevLLMParameter:
         if data is not None and not isinstance(data, torch.Tensor):
             raise DeclarationError(
                 f"data is {type(data).__name__}, needs a tensor", subject=cls.__name__
             )
-        return super().__new__(cls, data, requires_grad=False)  # type: ignore[no-any-return]
+        return super().__new__(cls, data, requires_grad=False)
 
     def __init__(self, data: torch.Tensor, weight_loader: WeightLoader | None = None) -> None:
-        device_type = data.device.type
-        if device_type in _lazy_view_devices and weight_loader is not None:
-            weight_loader = _SyncedLoader(weight_loader, device_type)
-        self._weight_loader = weight_loader
+        self.weight_loader = weight_loader
         chosen = explicit_current()
         ranks = chosen or world()
-        self.tp_rank, self.tp_size = ranks.tp_rank, ranks.tp_size
+        # Past __setattr__: the stamp is what later assignments are told from.
+        vars(self).update(tp_rank=ranks.tp_rank, tp_size=ranks.tp_size)
         self._stamp = (ranks.tp_rank, ranks.tp_size, chosen is not None)
+        self._overwritten = frozenset()
         self.qualified_name = None
         self.tp_layout = None
         self._ledger = Ledger()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _RANK_ATTRIBUTES:
+            # Assigned, even if to the stamped number: from now on it is what counts.
+            self._overwritten = vars(self).get("_overwritten", frozenset()) | {name}
+        super().__setattr__(name, value)
+
+    @property
+    def _ledger(self) -> Ledger:
+        facts = vars(self)
+        kept = facts["_ledger"].kept_by(self)
+        facts["_ledger"] = kept
+        return kept  # type: ignore[no-any-return]
+
+    @_ledger.setter
+    def _ledger(self, ledger: Ledger) -> None:
+        vars(self)["_ledger"] = ledger.kept_by(self)
 
     @property
     def weight_loader(self) -> WeightLoader | None:
@@ -128,6 +165,13 @@ class BasevLLMParameter(Parameter):
 
     @weight_loader.setter
     def weight_loader(self, loader: WeightLoader | None) -> None:
+        device_type = self.device.type
+        if (
+            loader is not None
+            and device_type in _lazy_view_devices
+            and not isinstance(loader, _SyncedLoader)
+        ):
+            loader = _SyncedLoader(loader, device_type)
         self._weight_loader = loader
 
     @weight_loader.deleter
@@ -165,7 +209,7 @@ class BasevLLMParameter(Parameter):
         use_presharded_weights: bool = False,
     ) -> None:
         """Takes the tensor whole."""
-        self._load_whole(loaded_weight)
+        self._load_whole(loaded_weight, part=shard_id, parts_may_differ=self._parts_may_differ)
 
     @load_call
     def load_qkv_weight(
@@ -179,7 +223,7 @@ class BasevLLMParameter(Parameter):
         num_heads: int | None = None,
     ) -> None:
         """Takes the tensor whole."""
-        self._load_whole(loaded_weight)
+        self._load_whole(loaded_weight, part=shard_id, parts_may_differ=self._parts_may_differ)
 
     def _assert_and_load(self, loaded_weight: torch.Tensor) -> None:
         # The reference's name for it; subclasses of engines call it.
@@ -193,9 +237,22 @@ class BasevLLMParameter(Parameter):
             return shard_id
         raise CallError(f"shard_id is {shard_id!r}, needs 'q', 'k', 'v' or an int of at least 0")
 
-    def _load_whole(self, loaded_weight: torch.Tensor) -> None:
+    def _load_whole(
+        self,
+        loaded_weight: torch.Tensor,
+        *,
+        part: PartName = None,
+        parts_may_differ: bool = False,
+    ) -> None:
         region = Region.whole(self.data.shape)
-        self._load(loaded_weight, source=region, target=region, why="the parameter's shape")
+        self._load(
+            loaded_weight,
+            source=region,
+            target=region,
+            part=part,
+            why="the parameter's shape",
+            parts_may_differ=parts_may_differ,
+        )
 
     def _load_piece(
         self,
@@ -209,13 +266,12 @@ class BasevLLMParameter(Parameter):
         part: PartName = None,
         num_sharing: int = 1,
     ) -> None:
-        """This rank's piece of a full tensor along `dim` → entries offset : offset + size."""
+        """The rank's own piece of a full tensor along `dim` → entries offset : offset + size."""
         shape = tuple(self.data.shape)
-        check_dim(dim, shape)
         if offset < 0 or size < 0 or offset + size > shape[dim]:
             raise CallError(
-                f"entries {offset}:{offset + size} of dim {dim}, needs a range inside 0:{shape[dim]} "
-                "(the parameter's size)",
+                f"entries {offset}:{offset + size} of dim {dim}, "
+                f"needs a range inside 0:{shape[dim]} (the parameter's size)",
                 part=part,
             )
         full = loaded_weight.shape[dim] if dim < loaded_weight.dim() else None
@@ -228,60 +284,66 @@ class BasevLLMParameter(Parameter):
         target = Region.box(shape, [*spans[:dim], (offset, offset + size), *spans[dim + 1 :]])
         inner = span_of_piece(size * pieces, pieces, piece)
         source = Region.box(needed, [*spans[:dim], inner, *spans[dim + 1 :]])
-        why = (
-            f"{size * pieces} = {pieces} pieces * {size}" if pieces > 1 else "the parameter's shape"
-        )
+        if pieces > 1:
+            why = f"{size * pieces} = {pieces} pieces * {size}"
+        else:
+            why = "the parameter's shape" if size == shape[dim] else f"{size} = the part's size"
         self._load(loaded_weight, source=source, target=target, part=part, why=why)
 
     def _piece(
         self, tp_rank: int | None, num_sharing: int, size: int, full: int | None, part: PartName
     ) -> tuple[int, int]:
         """(number of pieces, this rank's piece)."""
-        rank, tp_size = self._rank_and_size(tp_rank)
-        if num_sharing < 1:
-            raise CallError(f"num_heads is {num_sharing}, needs at least 1", part=part)
+        rank, tp_size, world_size = self._rank_and_size(tp_rank)
         if tp_size is None:
-            # Only a rank was handed over (as engines with several groups do): the tensor tells T.
-            found = full // size if full is not None and size else 1
-            if rank // num_sharing >= found:
+            # Only a rank was handed over (as engines with several groups do): the tensor tells T,
+            # which divides the world where there is one.
+            if not size:
+                return 1, 0  # nothing to cut
+            found = full // size if full is not None else 1
+            if world_size > 1 and (not found or world_size % (found * num_sharing)):
+                tp_size = world_size
+            elif rank // num_sharing >= found:
+                least = (rank // num_sharing + 1) * size
                 raise ShapeError(
-                    f"tensor has {full} entries, needs at least {(rank // num_sharing + 1) * size} "
-                    f"({size} for each piece up to that of rank {rank})",
+                    f"tensor has {full} entries along the cut dim, needs at least {least} "
+                    f"({size} for each piece up to rank {rank}'s)",
                     part=part,
                 )
-            return found, rank // num_sharing
+            else:
+                return found, rank // num_sharing
         if tp_size % num_sharing:
             raise CallError(
                 f"num_heads is {num_sharing}, needs a divisor of {tp_size} (the ranks that share "
                 "a KV head are neighbours in the tensor-parallel group)",
                 part=part,
             )
+        if rank >= tp_size:
+            raise CallError(
+                f"tp_rank is {rank}, needs 0 to {tp_size - 1} (tp_size is {tp_size})", part=part
+            )
         pieces = tp_size // num_sharing
         return pieces, piece_of(rank, tp_size, pieces)
 
-    def _rank_and_size(self, tp_rank: int | None) -> tuple[int, int | None]:
-        """Rank and T that count now; T is None where only a rank is known."""
-        rank, size = self.tp_rank, self.tp_size
+    def _rank_and_size(self, tp_rank: int | None) -> tuple[int, int | None, int]:
+        """Rank and T that count now, and the world's size; T is None where only a rank is known."""
         stamped_rank, stamped_size, was_chosen = self._stamp
-        known = True
-        if (rank, size) == (stamped_rank, stamped_size):
-            chosen = explicit_current()
-            if chosen is not None:
-                rank, size = chosen.tp_rank, chosen.tp_size
-            elif not was_chosen:
-                everyone = world()
-                rank, size = everyone.tp_rank, everyone.tp_size
-                known = False
-        elif size == stamped_size and rank >= size:
-            known = False
-            tp_rank = rank if tp_rank is None else tp_rank
-        if tp_rank is not None and not known:
-            if not isinstance(tp_rank, int) or isinstance(tp_rank, bool) or tp_rank < 0:
-                raise CallError(f"tp_rank is {tp_rank!r}, needs an int of at least 0")
-            return tp_rank, None
-        rank = rank if tp_rank is None else tp_rank
-        Ranks(tp_rank=rank, tp_size=size)  # checks that the two go together
-        return rank, size
+        own_rank = "tp_rank" in self._overwritten or self.tp_rank != stamped_rank
+        own_size = "tp_size" in self._overwritten or self.tp_size != stamped_size
+        chosen = explicit_current()
+        if chosen is not None:
+            now = (chosen.tp_rank, chosen.tp_size)
+        elif was_chosen:
+            now = (stamped_rank, stamped_size)
+        else:
+            everyone = world()
+            now = (everyone.tp_rank, everyone.tp_size)
+        asked = self.tp_rank if own_rank and tp_rank is None else tp_rank
+        rank = now[0] if asked is None else whole_number("tp_rank", asked)
+        if own_size:
+            return rank, whole_number("tp_size", self.tp_size, least=1), now[1]
+        is_known = chosen is not None or was_chosen or asked is None
+        return rank, now[1] if is_known else None, now[1]
 
     def _load(
         self,
@@ -291,6 +353,7 @@ class BasevLLMParameter(Parameter):
         target: Region,
         why: str,
         part: PartName = None,
+        parts_may_differ: bool = False,
     ) -> None:
         """Checks everything, then writes. `source.shape` is the full shape that is needed."""
         try:
@@ -303,12 +366,12 @@ class BasevLLMParameter(Parameter):
             )
             data = self.data
             loaded_weight = _as_needed(loaded_weight, source.shape, data.dtype, why)
-            writing.check_dtypes(loaded_weight.dtype, data.dtype)
+            _check_values(loaded_weight, data)
             values = writing.view_of(loaded_weight, copy.source_region)
-            writing.check_values(values, data.dtype)
-            self._ledger.check(self, data, copy, values)
+            ledger = self._ledger
+            ledger.check(self, data, copy, values, any_part=not parts_may_differ)
             writing.write(data, copy.target_region, values)
-            self._ledger.note(self, copy.target_region)
+            ledger.note(self, copy.target_region, part)
         except LadingError as error:
             raise error.located(part=part) from None
 
@@ -318,13 +381,9 @@ class BasevLLMParameter(Parameter):
         data = torch.Tensor.detach(self).clone(memory_format=torch.preserve_format)
         new = _rebuild(type(self), data, self.requires_grad)
         memo[id(self)] = new
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = (
-                _copied_loader(value, memo)
-                if key == "_weight_loader"
-                else copying.deepcopy(value, memo)
-            )
-        new._ledger = Ledger()
+        for key, value in vars(self).items():
+            if key != "_ledger":
+                vars(new)[key] = _copied(value, memo)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -336,7 +395,7 @@ class BasevLLMParameter(Parameter):
 def _rebuild(
     cls: type[BasevLLMParameter], data: torch.Tensor, requires_grad: bool
 ) -> BasevLLMParameter:
-    new: BasevLLMParameter = torch.Tensor._make_subclass(cls, data, requires_grad)  # type: ignore[assignment]
+    new: BasevLLMParameter = torch.Tensor._make_subclass(cls, data, requires_grad)
     new._ledger = Ledger()
     return new
 
@@ -345,16 +404,47 @@ def _set_state(param: BasevLLMParameter, state: dict[str, Any]) -> None:
     param.__dict__.update(state)
 
 
-def _copied_loader(loader: Any, memo: dict[int, Any]) -> Any:
-    """A bound method follows its layer into a copied model; copying a parameter alone copies no layer."""
-    if isinstance(loader, types.MethodType) and id(loader.__self__) in memo:
-        return types.MethodType(loader.__func__, memo[id(loader.__self__)])
-    return loader
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy, but a bound method, wherever it is, brings no layer along: it follows its layer
+    into a copied model, and stays with the old one where a parameter is copied alone.
+    """
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, memo.get(id(value.__self__), value.__self__))
+    if isinstance(value, functools.partial):
+        func = _copied(value.func, memo)
+        return functools.partial(func, *value.args, **value.keywords)
+    if isinstance(value, _SyncedLoader):
+        return _SyncedLoader(_copied(value.loader, memo), value.device_type)
+    return copying.deepcopy(value, memo)
 
 
-def check_dim(dim: int, shape: tuple[int, ...]) -> None:
-    if not 0 <= dim < len(shape):
+def dim_of(dim: int, shape: tuple[int, ...]) -> int:
+    """The dim counted from the front. Raises a DeclarationError where the shape has none such."""
+    if not -len(shape) <= dim < len(shape):
         raise DeclarationError(f"is cut along dim {dim}, needs a dim of its shape {list(shape)}")
+    return dim % len(shape)
+
+
+def whole_number(keyword: str, value: Any, *, least: int = 0, part: PartName = None) -> int:
+    """The value as an int. Raises a CallError where it is none, or too small."""
+    try:
+        number = operator.index(value) if not isinstance(value, bool) else None
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise CallError(f"{keyword} is {value!r}, needs an int of at least {least}", part=part)
+    return number
+
+
+def _check_values(loaded_weight: torch.Tensor, data: torch.Tensor) -> None:
+    """Raises where the tensor's values cannot become those of `data`.
+
+    The whole tensor is looked at, not only this rank's piece: every rank reaches the same verdict.
+    """
+    writing.check_dtypes(loaded_weight.dtype, data.dtype)
+    if type(loaded_weight) is torch.Tensor and loaded_weight.is_meta and not data.is_meta:
+        raise CallError("loaded_weight is on meta, needs a tensor with values")
+    writing.check_values(loaded_weight, data.dtype)
 
 
 def _as_needed(
@@ -367,14 +457,19 @@ def _as_needed(
     if shape == () and needed == (1,):
         return loaded.reshape(1)
     transposed = "; it is transposed" if len(shape) == 2 and shape == needed[::-1] else ""
-    raise ShapeError(
-        f"tensor is {_spelt(loaded.dtype, shape)}, needs {_spelt(dtype, needed)} ({why}{transposed})"
-    )
-
-
-def _spelt(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     try:
-        return dtypes.spell(dtypes.from_torch(dtype), shape)
+        writing.check_dtypes(loaded.dtype, dtype)
+        dtype = loaded.dtype  # it may stay as it is: only the shape is wrong
+    except LadingError:
+        pass
+    have, want = spelt(loaded.dtype, shape), spelt(dtype, needed)
+    raise ShapeError(f"tensor is {have}, needs {want} ({why}{transposed})")
+
+
+def spelt(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """bf16[4, 8]; a dtype that no file has is spelt as torch does."""
+    try:
+        return dtypes.spell(dtypes.from_torch(dtype), tuple(shape))
     except LookupError:
         return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
@@ -396,21 +491,23 @@ def load_part(
     name = owners.name_of(param)
     if layout is None:
         raise DeclarationError("declares no layout, needs `tp_layout`", subject=name)
+    why = "the declared layout"
     try:
+        if layout.tp_size != ranks.tp_size:
+            raise CallError(f"is loaded as {ranks}, needs a rank of {layout.tp_size} ({why})")
+        if layout.local_shape != tuple(param.shape):
+            raise DeclarationError(
+                f"has shape {list(param.shape)}, needs {list(layout.local_shape)} ({why})"
+            )
         placement = layout.place(part, ranks.tp_rank, fused_source=fused_source)
+        needed = layout.fused_shape if fused_source else layout.source_shape(part)
+        if placement is None:
+            _check_values(_as_needed(loaded_weight, needed, param.dtype, why), param.data)
+        else:
+            source, target = placement.source, placement.target
+            param._load(loaded_weight, source=source, target=target, part=part, why=why)
         for box in layout.padding(ranks.tp_rank):
             writing.fill(param.data, box)
             param._ledger.note(param, box)
-        needed = layout.fused_shape if fused_source else layout.source_shape(part)
-        if placement is None:
-            _as_needed(loaded_weight, needed, param.dtype, "the declared layout")
-            return
-        param._load(
-            loaded_weight,
-            source=placement.source,
-            target=placement.target,
-            part=part,
-            why="the declared layout",
-        )
     except LadingError as error:
         raise error.located(subject=name) from None

@@ -1,19 +1,25 @@
 """The parameter classes that are cut along outputs or inputs, and the one of scalars.
 
-Letters: O = outputs, I = inputs, both local; T = tp_size; r = tp_rank; S = ranks that share a KV head.
+Letters: O = outputs, I = inputs, both local; T = tp_size; r = tp_rank; S = ranks that share a KV
+head.
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from lading.errors import CallError, DeclarationError, KeywordError, LayoutError
 from lading.layouts import PartName
-from lading.parameter.base import QKV_SLOTS, BasevLLMParameter, WeightLoader, check_dim, load_call
-from lading.parameter.packing import _adjust_shard_indexes_for_packing
+from lading.parameter.base import (
+    QKV_SLOTS,
+    BasevLLMParameter,
+    WeightLoader,
+    dim_of,
+    load_call,
+    whole_number,
+)
 from lading.regions import Region
 
 __all__ = [
@@ -33,8 +39,8 @@ class _ColumnvLLMParameter(BasevLLMParameter):
 
     def __init__(
         self,
-        *,
         output_dim: int,
+        *,
         data: torch.Tensor,
         weight_loader: WeightLoader | None = None,
         **more: Any,
@@ -54,13 +60,13 @@ class _ColumnvLLMParameter(BasevLLMParameter):
         tp_rank: int | None = None,
         use_presharded_weights: bool = False,
     ) -> None:
-        """This rank's piece along the outputs, [T*O, I] -> [O, I]."""
-        check_dim(self.output_dim, tuple(self.data.shape))
+        """The rank's own piece along the outputs, [T*O, I] -> [O, I]."""
+        dim = dim_of(self.output_dim, tuple(self.data.shape))
         self._load_piece(
             loaded_weight,
-            dim=self.output_dim,
+            dim=dim,
             offset=0,
-            size=self.data.shape[self.output_dim],
+            size=self.data.shape[dim],
             tp_rank=tp_rank,
             presharded=use_presharded_weights,
         )
@@ -75,15 +81,15 @@ class _ColumnvLLMParameter(BasevLLMParameter):
         tp_rank: int | None = None,
         use_presharded_weights: bool = False,
     ) -> None:
-        """This rank's piece of one part into rows shard_offset : shard_offset + shard_size."""
+        """The rank's own piece of one part into rows shard_offset : shard_offset + shard_size."""
         if shard_id is not None:
             self._check_part(shard_id)
-        offset, size = self._local_entries(
+        dim, offset, size = self._local_entries(
             "load_merged_column_weight", shard_offset, shard_size, shard_id
         )
         self._load_piece(
             loaded_weight,
-            dim=self.output_dim,
+            dim=dim,
             offset=offset,
             size=size,
             tp_rank=tp_rank,
@@ -102,28 +108,31 @@ class _ColumnvLLMParameter(BasevLLMParameter):
         shard_size: int | None = None,
         num_heads: int | None = None,
     ) -> None:
-        """This rank's piece of q, k or v; `num_heads` = S, the ranks that share one KV head."""
+        """The rank's own piece of q, k or v; `num_heads` = S, the ranks that share one KV head."""
         if shard_id is None:
             raise KeywordError("load_qkv_weight got no shard_id, needs 'q', 'k' or 'v'")
         slot = self._shard_id_as_int(shard_id)
         if slot > 2:
             raise CallError(f"shard_id is {shard_id!r}, needs 'q', 'k', 'v', 0, 1 or 2")
         part = "qkv"[slot]
+        num_sharing = 1
         if slot and num_heads is None:
             raise KeywordError(
-                "load_qkv_weight got no num_heads, needs the number of ranks that share one KV head",
+                "load_qkv_weight got no num_heads, needs the number of ranks that share a KV head",
                 part=part,
             )
-        offset, size = self._local_entries("load_qkv_weight", shard_offset, shard_size, part)
+        if slot:
+            num_sharing = whole_number("num_heads", num_heads, least=1, part=part)
+        dim, offset, size = self._local_entries("load_qkv_weight", shard_offset, shard_size, part)
         self._load_piece(
             loaded_weight,
-            dim=self.output_dim,
+            dim=dim,
             offset=offset,
             size=size,
             tp_rank=tp_rank,
             presharded=use_presharded_weights,
             part=part,
-            num_sharing=num_heads if slot and num_heads is not None else 1,
+            num_sharing=num_sharing,
         )
 
     def _check_part(self, shard_id: PartName) -> None:
@@ -141,38 +150,37 @@ class _ColumnvLLMParameter(BasevLLMParameter):
 
     def _local_entries(
         self, call: str, offset: int | None, size: int | None, part: PartName
-    ) -> tuple[int, int]:
-        """Logical offset and size → stored entries along the output dim, exactly."""
+    ) -> tuple[int, int, int]:
+        """(dim, offset, size): logical numbers → stored entries along the output dim, exactly."""
         for keyword, value in (("shard_offset", offset), ("shard_size", size)):
             if value is None:
                 raise KeywordError(f"{call} got no {keyword}, needs it in local rows", part=part)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise CallError(f"{keyword} is {value!r}, needs an int", part=part)
-        assert offset is not None and size is not None, "checked just above"
-        check_dim(self.output_dim, tuple(self.data.shape))
-        packing = self._packing_of_outputs()
-        if packing is None:
-            return offset, size
+        first = whole_number("shard_offset", offset, part=part)
+        count = whole_number("shard_size", size, part=part)
+        dim = dim_of(self.output_dim, tuple(self.data.shape))
         try:
-            size, offset = _adjust_shard_indexes_for_packing(size, offset, *packing)
+            count, first = self._stored(count, first, dim)
         except LayoutError as error:
             raise error.located(part=part) from None
-        return offset, size
+        return dim, first, count
 
-    def _packing_of_outputs(self) -> tuple[int | Fraction, int | None] | None:
-        """(packed factor, tile size) where the outputs are packed."""
-        return None
+    def _stored(self, size: int, offset: int, dim: int) -> tuple[int, int]:
+        """(size, offset) in stored entries; packed classes divide them."""
+        return size, offset
 
 
 class RowvLLMParameter(BasevLLMParameter):
     """A parameter that is cut along its inputs. `input_dim` is the dim that they run along."""
 
+    # All parts share the inputs, so what says how the inputs run (GPTQ's `g_idx`) is one for all.
+    _parts_may_differ: ClassVar[bool] = False
+
     _input_dim: int
 
     def __init__(
         self,
-        *,
         input_dim: int,
+        *,
         data: torch.Tensor,
         weight_loader: WeightLoader | None = None,
         **more: Any,
@@ -192,16 +200,16 @@ class RowvLLMParameter(BasevLLMParameter):
         tp_rank: int | None = None,
         use_presharded_weights: bool = False,
     ) -> None:
-        """This rank's piece along the inputs, [O, T*I] -> [O, I]; a 0-d tensor fits (1,)."""
+        """The rank's own piece along the inputs, [O, T*I] -> [O, I]; a 0-d tensor fits (1,)."""
         if loaded_weight.dim() == 0 and tuple(self.data.shape) == (1,):
             self._load_whole(loaded_weight)
             return
-        check_dim(self.input_dim, tuple(self.data.shape))
+        dim = dim_of(self.input_dim, tuple(self.data.shape))
         self._load_piece(
             loaded_weight,
-            dim=self.input_dim,
+            dim=dim,
             offset=0,
-            size=self.data.shape[self.input_dim],
+            size=self.data.shape[dim],
             tp_rank=tp_rank,
             presharded=use_presharded_weights,
         )
@@ -250,23 +258,31 @@ class PerTensorScaleParameter(BasevLLMParameter):
         self._load_slot("load_merged_column_weight", loaded_weight, shard_id)
 
     @load_call
-    def load_qkv_weight(
+    def load_qkv_weight(  # type: ignore[override]  # the slot comes second, as in the reference
         self,
         loaded_weight: torch.Tensor,
-        tp_rank: int | None = None,
-        use_presharded_weights: bool = False,
         shard_id: PartName = None,
         shard_offset: int | None = None,
         shard_size: int | None = None,
         num_heads: int | None = None,
+        tp_rank: int | None = None,
+        use_presharded_weights: bool = False,
     ) -> None:
         """A scalar into slot `shard_id`."""
         self._load_slot("load_qkv_weight", loaded_weight, shard_id)
 
+    @load_call
     def _load_into_shard_id(
-        self, loaded_weight: torch.Tensor, shard_id: str | int, **_ignored: Any
+        self,
+        loaded_weight: torch.Tensor,
+        shard_id: PartName = None,
+        shard_offset: int | None = None,
+        shard_size: int | None = None,
+        num_heads: int | None = None,
+        tp_rank: int | None = None,
+        use_presharded_weights: bool = False,
     ) -> None:
-        # The reference's name for it, with its habit of taking any further keyword.
+        # The reference's name for it; subclasses of engines call it.
         self._load_slot("_load_into_shard_id", loaded_weight, shard_id)
 
     def _load_slot(self, call: str, loaded_weight: torch.Tensor, shard_id: PartName) -> None:
@@ -274,19 +290,18 @@ class PerTensorScaleParameter(BasevLLMParameter):
             raise KeywordError(f"{call} got no shard_id, needs the scalar's slot")
         slot = self._shard_id_as_int(shard_id)
         shape = tuple(self.data.shape)
-        if len(shape) != 1:
-            raise DeclarationError(
-                f"has shape {list(shape)}, needs one dim (a scalar for each part)"
-            )
+        if not shape:
+            raise DeclarationError("has no dims, needs one entry for each part")
         if slot >= shape[0]:
             raise CallError(
                 f"shard_id is {shard_id!r}, slot {slot}, needs a slot of 0 to {shape[0] - 1} "
                 "(the parameter has one for each part)"
             )
+        rest = [(0, n) for n in shape[1:]]
         self._load(
             loaded_weight,
-            source=Region.whole((1,)),
-            target=Region.box(shape, [(slot, slot + 1)]),
+            source=Region.whole((1, *shape[1:])),
+            target=Region.box(shape, [(slot, slot + 1), *rest]),
             part=shard_id,
-            why="one scalar for each part",
+            why="one scalar for each part" if len(shape) == 1 else "one entry for each part",
         )

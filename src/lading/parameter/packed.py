@@ -9,7 +9,7 @@ import torch
 
 from lading import owners
 from lading.errors import LayoutError
-from lading.parameter.base import WeightLoader
+from lading.parameter.base import WeightLoader, dim_of
 from lading.parameter.classes import ModelWeightParameter, _ColumnvLLMParameter
 from lading.parameter.packing import _adjust_shard_indexes_for_packing, check_packing
 
@@ -25,16 +25,16 @@ class PackedColumnParameter(_ColumnvLLMParameter):
 
     def __init__(
         self,
-        *,
         packed_factor: int | Fraction,
         packed_dim: int,
         marlin_tile_size: int | None = None,
+        *,
         output_dim: int,
         data: torch.Tensor,
         weight_loader: WeightLoader | None = None,
         **more: Any,
     ) -> None:
-        check_packing(packed_factor, packed_dim, marlin_tile_size, data)
+        check_packing(type(self).__name__, packed_factor, packed_dim, marlin_tile_size, data)
         self._packed_factor = packed_factor
         self._packed_dim = packed_dim
         self._marlin_tile_size = marlin_tile_size
@@ -66,9 +66,11 @@ class PackedColumnParameter(_ColumnvLLMParameter):
         except LayoutError as error:
             raise error.located(subject=owners.name_of(self)) from None
 
-    def _packing_of_outputs(self) -> tuple[int | Fraction, int | None] | None:
-        packed = self.packed_dim == self.output_dim
-        return (self.packed_factor, self.marlin_tile_size) if packed else None
+    def _stored(self, size: int, offset: int, dim: int) -> tuple[int, int]:
+        if dim_of(self.packed_dim, tuple(self.data.shape)) != dim:
+            return size, offset
+        # Through the instance: engines replace the method on one parameter.
+        return self.adjust_shard_indexes_for_packing(shard_size=size, shard_offset=offset)
 
 
 class PackedvLLMParameter(ModelWeightParameter):
@@ -87,17 +89,17 @@ class PackedvLLMParameter(ModelWeightParameter):
 
     def __init__(
         self,
-        *,
         packed_factor: int | Fraction,
         packed_dim: int,
         marlin_tile_size: int | None = None,
+        *,
         input_dim: int,
         output_dim: int,
         data: torch.Tensor,
         weight_loader: WeightLoader | None = None,
         **more: Any,
     ) -> None:
-        check_packing(packed_factor, packed_dim, marlin_tile_size, data)
+        check_packing(type(self).__name__, packed_factor, packed_dim, marlin_tile_size, data)
         self._packed_factor = packed_factor
         self._packed_dim = packed_dim
         self._marlin_tile_size = marlin_tile_size
@@ -113,4 +115,4 @@ class PackedvLLMParameter(ModelWeightParameter):
     packed_factor = PackedColumnParameter.packed_factor
     marlin_tile_size = PackedColumnParameter.marlin_tile_size
     adjust_shard_indexes_for_packing = PackedColumnParameter.adjust_shard_indexes_for_packing
-    _packing_of_outputs = PackedColumnParameter._packing_of_outputs
+    _stored = PackedColumnParameter._stored

@@ -7,24 +7,29 @@ from fractions import Fraction
 import torch
 
 from lading.errors import DeclarationError, LayoutError
-from lading.parameter.base import check_dim
 
 __all__ = ["check_packing"]
 
 
-def check_packing(factor: int | Fraction, dim: int, tile: int | None, data: torch.Tensor) -> None:
+def check_packing(
+    subject: str, factor: int | Fraction, dim: int, tile: int | None, data: torch.Tensor
+) -> None:
     """Raises a DeclarationError where a packing cannot be."""
+    problem = None
     if isinstance(factor, bool) or not isinstance(factor, int | Fraction) or factor <= 0:
-        raise DeclarationError(f"packed_factor is {factor!r}, needs a positive int or Fraction")
-    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
-        raise DeclarationError(f"marlin_tile_size is {tile!r}, needs an int of at least 1 or None")
-    check_dim(dim, tuple(data.shape))
+        problem = f"packed_factor is {factor!r}, needs a positive int or Fraction"
+    elif tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+        problem = f"marlin_tile_size is {tile!r}, needs an int of at least 1 or None"
+    elif data.numel() and not -data.dim() <= dim < data.dim():  # a placeholder has no dims yet
+        problem = f"packed_dim is {dim}, needs a dim of its shape {list(data.shape)}"
+    if problem is not None:
+        raise DeclarationError(problem, subject=subject)
 
 
 def _adjust_shard_indexes_for_marlin(
     shard_size: int, shard_offset: int, marlin_tile_size: int
 ) -> tuple[int, int]:
-    """(size, offset) in words → in a Marlin layout's words: each output takes `tile` times as many."""
+    """(size, offset) in words → in a Marlin layout's words: `tile` times as many an output."""
     return shard_size * marlin_tile_size, shard_offset * marlin_tile_size
 
 

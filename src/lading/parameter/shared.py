@@ -1,23 +1,25 @@
 """Partitions that share tensors by key across a model.
 
-Transforms applied to "gate" and "up" (Hadamard matrices, say) are the same tensor in every layer: each
-layer declares its partitions by a key, and equal keys share one tensor. Not for tensor parallelism:
-one rank only, as in the field's reference.
+Transforms applied to "gate" and "up" (Hadamard matrices, say) are the same tensor in every layer:
+each layer declares its partitions by a key, and equal keys share one tensor. Not for tensor
+parallelism: one rank only, as in the field's engines.
 """
 
 from __future__ import annotations
 
+import copy as copying
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch.nn import Parameter
 
-from lading.errors import CallError, DeclarationError, KeywordError
+from lading import owners
+from lading.errors import CallError, DeclarationError, KeywordError, LadingError
 from lading.layouts import PartName
 from lading.ledger import Ledger
-from lading.parameter.base import BasevLLMParameter, WeightLoader, load_call
+from lading.parameter.base import BasevLLMParameter, WeightLoader, load_call, spelt, whole_number
 from lading.parameter.classes import ModelWeightParameter
 
 __all__ = ["SharedWeightParameter"]
@@ -28,19 +30,25 @@ class _Shared:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.ledger = Ledger()
+        self.ledger = Ledger(shared=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        new = _Shared(copying.deepcopy(self.tensor, memo))
+        memo[id(self)] = new
+        return new
 
 
 class SharedWeightParameter(BasevLLMParameter):
-    """A parameter that is a set of partitions, each of which may share its tensor with other layers.
+    """A parameter that is a set of partitions, which may share their tensors with other layers.
 
     partitions   index → ModelWeightParameter; filled by `add_partition`
     Reading or setting `.data` raises: ask a partition. Raises a DeclarationError at TP > 1.
+    A deep copy of a model shares among its own layers, not with the model it came from.
 
-    Example: two layers call add_partition(0, "hadamard-64", 64, 64): one [64, 64] tensor serves both.
+    Example: two layers call add_partition(0, "hadamard-64", 64, 64): one [64, 64] tensor for both.
     """
 
-    tensors_registry: WeakValueDictionary[Hashable, _Shared] = WeakValueDictionary()
+    tensors_registry: ClassVar[WeakValueDictionary[Hashable, _Shared]] = WeakValueDictionary()
 
     def __new__(cls, **_: Any) -> SharedWeightParameter:
         return super().__new__(cls, data=None)  # type: ignore[return-value]
@@ -64,22 +72,31 @@ class SharedWeightParameter(BasevLLMParameter):
         args, kwargs   those of torch.empty, used where no live tensor has the key yet
         Raises a DeclarationError where the key's tensor has another shape or dtype.
         """
-        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-            raise CallError(f"partition index is {index!r}, needs an int of at least 0")
-        if index in self.partitions:
+        try:
+            self._held[index] = shared = self._share(index, data_key, args, kwargs)
+        except LadingError as error:
+            raise error.located(subject=owners.name_of(self)) from None
+        self.partitions[index] = self._over(shared)
+
+    def _share(
+        self, index: int, key: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _Shared:
+        if whole_number("partition index", index) in self.partitions:
             raise CallError(f"partition {index} exists already, needs a new index")
-        shared = self.tensors_registry.get(data_key)
+        shared = self.tensors_registry.get(key)
         if shared is None:
-            shared = _Shared(torch.empty(*args, **kwargs))
-            self.tensors_registry[data_key] = shared
-        else:
-            wanted = torch.empty(*args, **{**kwargs, "device": "meta"})
-            have = shared.tensor
-            if (wanted.shape, wanted.dtype) != (have.shape, have.dtype):
-                raise DeclarationError(
-                    f"key {data_key!r} is shared as {have.dtype}{list(have.shape)}, "
-                    f"needs {wanted.dtype}{list(wanted.shape)} for partition {index}"
-                )
+            shared = self.tensors_registry[key] = _Shared(torch.empty(*args, **kwargs))
+            return shared
+        wanted = torch.empty(*args, **{**kwargs, "device": "meta"})
+        have = shared.tensor
+        if (wanted.shape, wanted.dtype) != (have.shape, have.dtype):
+            raise DeclarationError(
+                f"key {key!r} is shared as {spelt(have.dtype, have.shape)}, "
+                f"needs {spelt(wanted.dtype, wanted.shape)} for partition {index}"
+            )
+        return shared
+
+    def _over(self, shared: _Shared) -> ModelWeightParameter:
         partition = ModelWeightParameter(
             data=shared.tensor,
             input_dim=self._input_dim,
@@ -87,8 +104,7 @@ class SharedWeightParameter(BasevLLMParameter):
             weight_loader=_no_loader,
         )
         partition._ledger = shared.ledger
-        self.partitions[index] = partition
-        self._held[index] = shared
+        return partition
 
     @load_call
     def load_column_parallel_weight(
@@ -143,7 +159,7 @@ class SharedWeightParameter(BasevLLMParameter):
             self.partitions[index] = Parameter(partition.data, requires_grad=False)
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """Raises: the parameter has no data of its own."""
         raise ValueError(
             f"{type(self).__name__} has no data of its own; read partitions[index].data instead"
@@ -154,6 +170,29 @@ class SharedWeightParameter(BasevLLMParameter):
         raise ValueError(
             f"{type(self).__name__} has no data of its own; set partitions[index].data instead"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BasevLLMParameter:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        new = super().__deepcopy__(memo)
+        assert isinstance(new, SharedWeightParameter), "a copy is of the same class"
+        for index, partition in self.partitions.items():
+            # Over the copied shared tensor, so that the copied layers share it too.
+            over: Parameter = self._over(new._held[index])
+            if not isinstance(partition, ModelWeightParameter):
+                over = Parameter(over.data, requires_grad=False)
+            vars(over).update(
+                (key, value)
+                for key, value in vars(new.partitions[index]).items()
+                if key != "_ledger"
+            )
+            new.partitions[index] = over
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # What is shared, and with whom, holds in this process only.
+        rebuild, args, state, *rest = super().__reduce_ex__(protocol)
+        return rebuild, args, {**state, "_held": {}}, *rest
 
     def _only(self) -> ModelWeightParameter:
         if list(self.partitions) != [0]:

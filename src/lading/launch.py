@@ -1,0 +1,414 @@
+"""Starts the ranks of a command on this host, or joins those that torchrun started.
+
+The command's process needs no torch: it plans, starts N processes, and collects one result of each.
+The processes come from a server that has imported torch once (start method "forkserver"; "spawn" where
+a system has none), never from a fork of a process that may hold a GPU. They meet through a file in a
+temporary folder. Whatever happens to one of them, all end within seconds: when one has failed, the
+others get `GRACE_SECONDS` to tell their own story (the usual case: the same error on all ranks), and
+are then killed. A rank whose parent is gone ends by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, get_all_start_methods, get_context, parent_process
+from typing import TYPE_CHECKING, Any
+
+from lading import ranks as ranks_module
+from lading.errors import CallError, ConfigError, LadingError, RankError
+from lading.ranks import Ranks, all_ranks
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+    from lading.checkpoint import Checkpoint
+    from lading.loading import LoadReport
+    from lading.models import CausalLM, ModelConfig
+    from lading.plan import Plan
+
+__all__ = [
+    "Preflight",
+    "RankLoad",
+    "join_size",
+    "load_rank",
+    "preflight",
+    "run_ranks",
+    "warm_up",
+]
+
+GRACE_SECONDS = 3.0
+"""How long the other ranks may go on after one has failed: enough for the end of an exchange."""
+
+PRELOADED = ("torch", "torch.distributed", "lading.pretrained")
+
+Work = Callable[..., Any]
+
+
+# ----------------------------------------------------------------------------------- before the start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What is known before any process is started: headers, config.json and the proved plan."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    plan: Plan
+
+
+def preflight(path: str, ranks: Sequence[Ranks], *, dtype: str | None = None) -> Preflight:
+    """The plan of a checkpoint folder, from headers alone and without torch.
+
+    ranks   to plan for; all have one tp_size
+    dtype   of the parameters, "BF16"; by default config.json's, else the one of most bytes
+    Raises a FileError, or a PlanError with every problem.
+    """
+    from lading import models
+    from lading.checkpoint import open_checkpoint
+    from lading.plan import make_plan
+
+    checkpoint = open_checkpoint(path)
+    if checkpoint.config is None:
+        raise ConfigError(
+            "is missing, needs one beside the weights (it says which model this is)",
+            subject="config.json",
+            file=checkpoint.folder,
+            hint="lading inspect for what the files hold",
+        )
+    config = models.parse_config(checkpoint.config)
+    code = dtype or config.dtype or _most_common_dtype(checkpoint)
+    targets = models.targets(models.declare(config), ranks[0].tp_size, code)
+    names = models.FAMILIES[config.family].names
+    plan = make_plan(targets, checkpoint.tensors, ranks=ranks, names=names)
+    return Preflight(checkpoint=checkpoint, config=config, plan=plan)
+
+
+def _most_common_dtype(checkpoint: Checkpoint) -> str:
+    sizes: Counter[str] = Counter()
+    for source in checkpoint.tensors.values():
+        sizes[source.dtype] += source.num_bytes
+    floats = [code for code, _ in sizes.most_common() if code in ("F64", "F32", "BF16", "F16")]
+    if not floats:
+        raise ConfigError(
+            "declares no dtype, and no tensor has one",
+            subject="config.json",
+            file=checkpoint.folder,
+            hint="--dtype bf16",
+        )
+    return floats[0]
+
+
+def join_size() -> int | None:
+    """WORLD_SIZE where torchrun (or a launcher like it) started this process, else None."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    size = os.environ["WORLD_SIZE"]
+    return int(size) if size.isdecimal() else None
+
+
+def is_first() -> bool:
+    """Whether this process prints: rank 0, or the only one."""
+    return join_size() is None or os.environ["RANK"] == "0"
+
+
+# --------------------------------------------------------------------------------------- the processes
+
+
+def run_ranks(
+    work: Work, tp_size: int, args: Sequence[Any] = (), *, device_type: str = "cpu"
+) -> list[Any]:
+    """`work(ranks, *args)` on every rank: its results, in rank order.
+
+    work          a function of a module, as it is pickled by its name
+    device_type   "cpu" or "cuda": of the process group
+
+    One rank runs in this process; under torchrun this process is one of the ranks, and every one of
+    them gets all results. Raises what the ranks raised; a RankError that names the rank where a process
+    died, or met an error that is not lading's.
+    """
+    if join_size() is not None:
+        return _join(work, tp_size, args, device_type)
+    if tp_size == 1:
+        return [work(Ranks(), *args)]
+    return _start(work, tp_size, args, device_type)
+
+
+def warm_up(tp_size: int) -> None:
+    """Lets the server of processes import torch while the caller goes on with something else."""
+    if tp_size > 1 and join_size() is None and _start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        get_context("forkserver").set_forkserver_preload(list(PRELOADED))
+        forkserver.ensure_running()
+
+
+def _start_method() -> str:
+    return "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+
+
+def _join(work: Work, tp_size: int, args: Sequence[Any], device_type: str) -> list[Any]:
+    if join_size() != tp_size:
+        raise CallError(
+            f"is {tp_size}, needs {join_size()} (WORLD_SIZE of the launcher)", subject="tp_size"
+        )
+    joined = ranks_module.join_world(device_type=device_type)
+    ranks = ranks_module.current()
+    outcome: Any = None
+    try:
+        outcome = work(ranks, *args)
+    except LadingError as error:
+        outcome = error
+    outcomes = ranks_module.exchange(outcome, ranks_module.group_of(ranks, None))
+    if joined:
+        ranks_module.leave_world()
+    for found in outcomes:
+        if isinstance(found, LadingError):
+            raise found
+    return outcomes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """A rank's error; `trace` where it is not lading's own."""
+
+    error: LadingError
+    trace: str | None = None
+
+
+def _start(work: Work, tp_size: int, args: Sequence[Any], device_type: str) -> list[Any]:
+    context: Any = get_context(_start_method())  # typeshed gives the two contexts no common type
+    warm_up(tp_size)
+    with tempfile.TemporaryDirectory(prefix="lading-") as folder:
+        meeting = os.path.join(folder, "ranks")
+        processes: list[BaseProcess] = []
+        pipes: list[Connection] = []
+        try:
+            for ranks in all_ranks(tp_size):
+                receiving, sending = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_run_one,
+                    args=(sending, work, ranks, tuple(args), meeting, device_type),
+                    name=f"lading rank {ranks.tp_rank}",
+                    daemon=True,
+                )
+                process.start()
+                sending.close()
+                processes.append(process)
+                pipes.append(receiving)
+            outcomes = _collect(processes, pipes)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+                process.close()
+            for pipe in pipes:
+                pipe.close()
+    return _results(outcomes)
+
+
+def _collect(processes: Sequence[BaseProcess], pipes: Sequence[Connection]) -> dict[int, Any]:
+    """What each rank sent, or how it died; only those that failed in time once one has failed."""
+    outcomes: dict[int, Any] = {}
+    deadline: float | None = None
+    while len(outcomes) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in outcomes}
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            break
+        # A process that died closes its end of the pipe: no need to wait for the process itself.
+        for pipe in connection.wait(list(waiting), timeout=left):
+            rank = waiting[pipe]  # type: ignore[index]  # wait() returns what it was given
+            outcomes[rank] = _received(pipes[rank], processes[rank])
+            if isinstance(outcomes[rank], _Failure) and deadline is None:
+                deadline = time.monotonic() + GRACE_SECONDS
+    return outcomes
+
+
+def _received(pipe: Connection, process: BaseProcess) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        process.join(GRACE_SECONDS)
+        return _Failure(error=_died(process))
+
+
+class _DiedError(RankError):
+    """A rank's process ended without a word."""
+
+
+def _died(process: BaseProcess) -> RankError:
+    code, rank = process.exitcode, int(process.name.rpartition(" ")[2])
+    hint = None
+    if code is not None and code < 0:
+        try:
+            how = f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            how = f"was killed by signal {-code}"
+        if -code == signal.SIGKILL:
+            how += ", as the system does when memory runs out"
+    else:
+        how = f"ended with exit code {code} and no result"
+    error = _DiedError(f"the process {how}; the other ranks were stopped", hint=hint)
+    error.rank = rank
+    return error
+
+
+def _results(outcomes: dict[int, Any]) -> list[Any]:
+    """The results; or the error that came first in cause: a death, then lading's own, then others."""
+    failures = {rank: o for rank, o in outcomes.items() if isinstance(o, _Failure)}
+    if not failures:
+        return [outcomes[rank] for rank in sorted(outcomes)]
+
+    def order(rank: int) -> tuple[int, int]:
+        failure = failures[rank]
+        if isinstance(failure.error, _DiedError):
+            return 0, rank
+        return (1 if failure.trace is None else 2), rank
+
+    first = failures[min(failures, key=order)]
+    if isinstance(first.error, _DiedError):
+        error = RankError(first.error.fact)
+        error.rank = first.error.rank
+        raise error
+    raise first.error from (RuntimeError(first.trace) if first.trace else None)
+
+
+def _run_one(
+    pipe: Connection, work: Work, ranks: Ranks, args: tuple[Any, ...], meeting: str, device_type: str
+) -> None:
+    """The life of one rank's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends all
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _join_file(meeting, ranks, device_type)
+        outcome = work(ranks, *args)
+    except LadingError as error:
+        outcome = _Failure(error=error)
+    except BaseException as error:
+        found = RankError(f"{type(error).__name__}: {error}")
+        found.rank = ranks.tp_rank
+        outcome = _Failure(error=found, trace=traceback.format_exc())
+    pipe.send(outcome)
+    pipe.close()
+    if not isinstance(outcome, _Failure):
+        ranks_module.leave_world()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if isinstance(outcome, _Failure):
+        os._exit(1)  # a process group that has failed may not let an orderly exit through
+
+
+def _join_file(meeting: str, ranks: Ranks, device_type: str) -> None:
+    import torch
+
+    interface = _loopback()
+    if interface is not None:  # all ranks are on this host: its name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    torch.set_num_threads(max(1, _num_cores() // ranks.tp_size))
+    if device_type == "cuda":
+        torch.cuda.set_device(ranks.tp_rank)
+    ranks_module.join_file(meeting, ranks=ranks, device_type=device_type)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _loopback() -> str | None:
+    try:
+        present = {name for _, name in socket.if_nameindex()}
+    except OSError:
+        return None
+    return next((name for name in ("lo", "lo0") if name in present), None)
+
+
+def _num_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------- load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLoad:
+    """What one rank's load did, without torch, as it travels between processes.
+
+    checkpoint_bytes   of all tensors that the load used, each counted once
+    read_bytes, excess_bytes   read from files; of it not kept
+    """
+
+    tp_rank: int
+    device: str
+    dtype: str
+    checkpoint_bytes: int
+    parameter_bytes: int
+    read_bytes: int
+    excess_bytes: int
+    num_copies: int
+    seconds: float
+    casts: tuple[tuple[str, str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def load_rank(ranks: Ranks, path: str, dtype: str | None, device: str | None) -> RankLoad:
+    """The work of each rank of `lading load`."""
+    return load_model(ranks, path, dtype, device)[1]
+
+
+def load_model(
+    ranks: Ranks, path: str, dtype: str | None, device: str | None
+) -> tuple[CausalLM, RankLoad]:
+    """A rank's model and what its load did, with the progress bar of rank 0.
+
+    dtype    of the parameters, "BF16"; None = as config.json says
+    device   "cpu" or "cuda"; None = a GPU for each rank where there are enough, else the CPU
+    """
+    from lading import dtypes, progress
+    from lading.loading import default_device
+    from lading.pretrained import load_pretrained
+
+    place = default_device(ranks) if device == "cuda" else "cpu"
+    model, report = load_pretrained(
+        path,
+        ranks=ranks,
+        device=place,
+        dtype=None if dtype is None else dtypes.to_torch(dtype),
+        progress=progress.bar_of(ranks),
+    )
+    return model, _summary(report, model)
+
+
+def _summary(report: LoadReport, model: CausalLM) -> RankLoad:
+    from lading import dtypes
+
+    largest = max(model.parameters(), key=lambda param: param.numel())
+    return RankLoad(
+        tp_rank=report.ranks.tp_rank,
+        device=str(largest.device),
+        dtype=dtypes.from_torch(largest.dtype),
+        checkpoint_bytes=report.checkpoint_bytes,
+        parameter_bytes=report.parameter_bytes,
+        read_bytes=report.read_bytes,
+        excess_bytes=report.excess_bytes,
+        num_copies=report.num_copies,
+        seconds=report.seconds,
+        casts=report.casts,
+        skipped=report.skipped,
+    )

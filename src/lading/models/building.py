@@ -1,0 +1,198 @@
+"""Layers from their declaration: each size is written once, in `lading.models.declaration`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from lading import ranks as ranks_module
+from lading.layers import Kind, Layer
+from lading.layouts import Layout
+from lading.models.declaration import Shape
+from lading.nn import (
+    ColumnParallelLinear,
+    LoadableModule,
+    MergedColumnParallelLinear,
+    ParallelLayer,
+    ParallelLMHead,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from lading.parameter import BasevLLMParameter
+from lading.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Builder", "RMSNorm", "build_layer"]
+
+_L = TypeVar("_L", bound=ParallelLayer)
+
+
+def build_layer(
+    layer: Layer,
+    *,
+    prefix: str,
+    ranks: Ranks,
+    group: ProcessGroup | None,
+    dtype: torch.dtype,
+    head: bool = False,
+) -> ParallelLayer:
+    """The module of a layer, one rank's share of it.
+
+    prefix   its qualified name
+    head     a vocabulary layer gives logits instead of taking ids
+    Raises a LayoutError, with the prefix, where the layer does not divide.
+
+    Example: Layer.qkv(96, 16, 6, 2) gives a QKVParallelLinear of 6 q heads and 2 KV heads of 16.
+    """
+    built = _module(layer, prefix=prefix, ranks=ranks, group=group, dtype=dtype, head=head)
+    assert built.layer == layer, f"{prefix} was built from other sizes than it declares"
+    return built
+
+
+def _module(
+    layer: Layer,
+    *,
+    prefix: str,
+    ranks: Ranks,
+    group: ProcessGroup | None,
+    dtype: torch.dtype,
+    head: bool,
+) -> ParallelLayer:
+    inputs, bias, parts = layer.input.size, layer.bias, layer.output.parts
+    if layer.kind is Kind.EMBEDDING:
+        cls = ParallelLMHead if head else VocabParallelEmbedding
+        return cls(
+            layer.output.size,
+            inputs,
+            bias=bias,
+            params_dtype=dtype,
+            padding_size=parts[0].pad_to,
+            prefix=prefix,
+            ranks=ranks,
+            group=group,
+        )
+    if tuple(part.name for part in parts) == ("q", "k", "v"):
+        q, k, v = parts
+        return QKVParallelLinear(
+            inputs,
+            q.unit,
+            q.size // q.unit,
+            k.size // k.unit,
+            bias=bias,
+            params_dtype=dtype,
+            prefix=prefix,
+            v_head_size=v.unit,
+            return_bias=False,
+            ranks=ranks,
+            group=group,
+        )
+    if len(parts) > 1:
+        return MergedColumnParallelLinear(
+            inputs,
+            [part.size for part in parts],
+            bias=bias,
+            params_dtype=dtype,
+            prefix=prefix,
+            return_bias=False,
+            ranks=ranks,
+            group=group,
+        )
+    plain: type[ColumnParallelLinear | RowParallelLinear | ReplicatedLinear] = {
+        Kind.COLUMN: ColumnParallelLinear,
+        Kind.ROW: RowParallelLinear,
+        Kind.REPLICATED: ReplicatedLinear,
+    }[layer.kind]
+    return plain(
+        inputs,
+        layer.output.size,
+        bias=bias,
+        params_dtype=dtype,
+        prefix=prefix,
+        return_bias=False,
+        ranks=ranks,
+        group=group,
+    )
+
+
+class RMSNorm(LoadableModule):
+    """Gives x / sqrt(mean(x^2) + eps) * weight, the mean in fp32 (arXiv:1910.07467).
+
+    The quotient is rounded to x's dtype before it meets the weight, as the families' own models do
+    (modeling_llama.py of transformers 5.23). Every rank holds the weight whole.
+    """
+
+    weight: BasevLLMParameter
+
+    def __init__(
+        self, shape: tuple[int, ...], *, eps: float, prefix: str, ranks: Ranks, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        with ranks_module.as_current(ranks):
+            weight = BasevLLMParameter(
+                data=torch.ones(shape, dtype=dtype), weight_loader=self.weight_loader
+            )
+        weight.tp_layout = Layout.replicated(shape, ranks.tp_size)
+        weight.qualified_name = f"{prefix}.weight"
+        self.weight = weight
+
+    def weight_loader(self, param: BasevLLMParameter, loaded_weight: torch.Tensor) -> None:
+        """Takes the tensor whole."""
+        param.load_column_parallel_weight(loaded_weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The normalised vectors, in x's dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Size and eps."""
+        return f"{self.weight.shape[-1]}, eps={self.eps}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Builder:
+    """Builds a declaration's modules by their paths, for one rank.
+
+    entries   those of the Declaration, by path or name
+    eps       of the norms
+    """
+
+    entries: Mapping[str, Layer | Shape]
+    ranks: Ranks
+    group: ProcessGroup | None
+    dtype: torch.dtype
+    eps: float
+
+    def layer(self, kind: type[_L], path: str) -> _L:
+        """The layer declared at a path; `kind` is the class that its declaration comes out as."""
+        layer = self.entries[path]
+        assert isinstance(layer, Layer), f"{path} is declared as a vector"
+        built = build_layer(
+            layer,
+            prefix=path,
+            ranks=self.ranks,
+            group=self.group,
+            dtype=self.dtype,
+            head=issubclass(kind, ParallelLMHead),
+        )
+        assert isinstance(built, kind), f"{path} is declared as {type(built).__name__}"
+        return built
+
+    def optional_norm(self, path: str) -> RMSNorm | None:
+        """The norm declared at a path, None where none is declared."""
+        return self.norm(path) if f"{path}.weight" in self.entries else None
+
+    def norm(self, path: str) -> RMSNorm:
+        """The norm declared at a path."""
+        shape = self.entries[f"{path}.weight"]
+        assert not isinstance(shape, Layer), f"{path} is declared as a layer"
+        return RMSNorm(shape, eps=self.eps, prefix=path, ranks=self.ranks, dtype=self.dtype)

@@ -1,0 +1,184 @@
+"""Every tensor of a model as data: what its decoder is built from and what a plan fills. No torch.
+
+Names are the checkpoint's own, with q, k, v and gate, up fused:
+
+    model.embed_tokens                       embedding    [V, H]
+    model.layers.{i}.input_layernorm.weight  vector       [H]
+    model.layers.{i}.self_attn.qkv_proj      column       [(heads + 2 * KV heads) * D, H]
+    model.layers.{i}.self_attn.q_norm.weight vector       [D], and k_norm, where the family has them
+    model.layers.{i}.self_attn.o_proj        row          [H, heads * D]
+    model.layers.{i}.post_attention_layernorm.weight      [H], a vector
+    model.layers.{i}.mlp.gate_up_proj        column       [2 * I, H]
+    model.layers.{i}.mlp.down_proj           row          [H, I]
+    model.norm.weight                        vector       [H]
+    lm_head                                  embedding    [V, H], tied to model.embed_tokens or not
+
+Letters: V = vocabulary, H = hidden size, I = intermediate size, D = head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lading import dtypes
+from lading.errors import CallError, LayoutError, PlanError
+from lading.layers import Layer, TensorSpec
+from lading.layouts import Layout
+from lading.models.config import ModelConfig
+from lading.plan import Target
+
+__all__ = ["DEFAULT_VOCAB_PADDING", "Declaration", "declare", "targets", "tp_sizes"]
+
+DEFAULT_VOCAB_PADDING = 64
+"""As of `lading.nn.VocabParallelEmbedding`."""
+
+Shape = tuple[int, ...]
+Entry = tuple[str, Layer] | tuple[str, Shape]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """Every tensor of a model, in model order.
+
+    entries   (module path, Layer) for layers, (parameter name, shape) for vectors, which every rank
+              holds whole
+    tied      (name, kept name) of parameters that are one tensor
+    """
+
+    entries: tuple[Entry, ...]
+    tied: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def layers(self) -> tuple[tuple[str, Layer], ...]:
+        """The linear and embedding layers, by module path."""
+        return tuple((path, what) for path, what in self.entries if isinstance(what, Layer))
+
+    @property
+    def vectors(self) -> tuple[tuple[str, Shape], ...]:
+        """The replicated vectors, by parameter name."""
+        return tuple((name, what) for name, what in self.entries if not isinstance(what, Layer))
+
+    @property
+    def distinct_layers(self) -> tuple[Layer, ...]:
+        """Each different layer once: a handful, whatever the depth of the model."""
+        return tuple(dict.fromkeys(layer for _, layer in self.layers))
+
+
+def declare(config: ModelConfig, *, pad_vocab_to: int = DEFAULT_VOCAB_PADDING) -> Declaration:
+    """The tensors of a model.
+
+    pad_vocab_to   the vocabulary is padded up to a multiple of this and of the number of ranks
+    """
+    hidden, head_dim = config.hidden_size, config.head_dim
+    vocabulary = Layer.embedding(config.vocab_size, hidden, pad_to=pad_vocab_to)
+    block = _block(config, hidden, head_dim)
+    entries: list[Entry] = [("model.embed_tokens", vocabulary)]
+    for index in range(config.num_layers):
+        entries += ((f"model.layers.{index}.{name}", what) for name, what in block)  # type: ignore[misc]
+    entries += [("model.norm.weight", (hidden,)), ("lm_head", vocabulary)]
+    tied = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_word_embeddings else ()
+    return Declaration(entries=tuple(entries), tied=tied)
+
+
+def _block(config: ModelConfig, hidden: int, head_dim: int) -> list[Entry]:
+    """One decoder block; the layers are shared by all blocks, which are equal."""
+    norms: list[Entry] = [
+        ("self_attn.q_norm.weight", (head_dim,)),
+        ("self_attn.k_norm.weight", (head_dim,)),
+    ]
+    qkv = Layer.qkv(hidden, head_dim, config.num_heads, config.num_kv_heads, bias=config.qkv_bias)
+    gate_up = Layer.column(hidden, [config.intermediate_size] * 2, bias=config.mlp_bias)
+    return [
+        ("input_layernorm.weight", (hidden,)),
+        ("self_attn.qkv_proj", qkv),
+        *(norms if config.qk_norm else []),
+        ("self_attn.o_proj", Layer.row(config.num_heads * head_dim, hidden, bias=config.o_bias)),
+        ("post_attention_layernorm.weight", (hidden,)),
+        ("mlp.gate_up_proj", gate_up),
+        ("mlp.down_proj", Layer.row(config.intermediate_size, hidden, bias=config.mlp_bias)),
+    ]
+
+
+def targets(declaration: Declaration, tp_size: int, dtype: str) -> tuple[Target, ...]:
+    """What a load has to fill on each of `tp_size` ranks, tied parameters once.
+
+    dtype   of every parameter, in the safetensors spelling: "BF16"
+    Raises a PlanError with a LayoutError for each layer that does not divide; its subject is the
+    layer's path.
+    """
+    if dtype not in dtypes.BITS:
+        raise CallError(
+            f"dtype is {dtype!r}, needs one of {', '.join(dtypes.BITS)}", subject="targets"
+        )
+    if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
+        raise CallError(f"tp_size is {tp_size!r}, needs an int of at least 1", subject="targets")
+    layouts = _Layouts(tp_size)
+    aliases: dict[str, tuple[str, ...]] = {}
+    for name, kept in declaration.tied:
+        aliases[kept] = (*aliases.get(kept, ()), name)
+    alias_names = {name for name, _ in declaration.tied}
+    found: list[Target] = []
+    for path, what in declaration.entries:
+        if isinstance(what, Layer):
+            named = [(f"{path}.{name}", layout) for name, layout in layouts.of_layer(path, what)]
+        else:
+            named = [(path, layouts.of_vector(what))]
+        for name, layout in named:
+            if name not in alias_names:
+                found.append(
+                    Target(name=name, layout=layout, dtype=dtype, aliases=aliases.get(name, ()))
+                )
+    if layouts.problems:
+        raise PlanError(layouts.problems, what=f"TP {tp_size}")
+    return tuple(found)
+
+
+class _Layouts:
+    """Layouts for T ranks, each distinct one built once: blocks are equal and share theirs."""
+
+    def __init__(self, tp_size: int) -> None:
+        self.tp_size = tp_size
+        self.problems: list[LayoutError] = []
+        self._layers: dict[Layer, tuple[tuple[str, Layout], ...] | LayoutError] = {}
+        self._vectors: dict[Shape, Layout] = {}
+
+    def of_layer(self, path: str, layer: Layer) -> tuple[tuple[str, Layout], ...]:
+        """(name, layout) of each tensor of the layer; none after a problem."""
+        known = self._layers.get(layer)
+        if known is None:
+            known = self._layers[layer] = self._build(layer)
+        if isinstance(known, LayoutError):
+            self.problems.append(
+                LayoutError(known.fact, subject=path, part=known.part, hint=known.hint)
+            )
+            return ()
+        return known
+
+    def of_vector(self, shape: Shape) -> Layout:
+        """The layout of a replicated tensor."""
+        if shape not in self._vectors:
+            self._vectors[shape] = Layout.replicated(shape, self.tp_size)
+        return self._vectors[shape]
+
+    def _build(self, layer: Layer) -> tuple[tuple[str, Layout], ...] | LayoutError:
+        try:
+            return tuple((spec.name, self._layout(layer, spec)) for spec in layer.specs())
+        except LayoutError as error:
+            return error
+
+    def _layout(self, layer: Layer, spec: TensorSpec) -> Layout:
+        return layer.layout(spec, self.tp_size)
+
+
+def tp_sizes(config: ModelConfig, up_to: int = 64) -> tuple[int, ...]:
+    """The tensor-parallel sizes, 1 to `up_to`, at which every layer divides.
+
+    Example: 6 q heads, 2 KV heads, intermediate size 96: 1, 2 and 6 (3 does not share 2 KV heads).
+    """
+    layers = declare(config).distinct_layers
+    return tuple(size for size in range(1, up_to + 1) if all(_divides(one, size) for one in layers))
+
+
+def _divides(layer: Layer, tp_size: int) -> bool:
+    parts = (*layer.output.parts, *layer.input.parts)
+    return all(part.divides(tp_size) for part in parts)

@@ -1,0 +1,136 @@
+"""The model families as a table: what each adds to the one decoder, and what it takes for granted
+where config.json leaves a key out. Values only; no torch, no parsing.
+
+Defaults are those of the family's config class in transformers 5.23 (`configuration_llama.py`, ...)
+from which the published config.json files were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from lading.names import DEFAULT_FUSED, Names
+
+__all__ = ["FAMILIES", "Family", "Flag", "Windows"]
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+class Windows(str, Enum):
+    """How a family says which layers attend to a sliding window."""
+
+    NEVER = "never"
+    EVERY_LAYER = "every layer"
+    BY_LAYER = "by layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """A yes or no: the same for all models of a family (key = None), or a key of config.json."""
+
+    key: str | None = None
+    default: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One model family.
+
+    model_type, architectures   how config.json calls it
+    num_kv_heads                where the key is left out; None = as many as q heads
+    head_dim                    likewise; None = hidden_size / num_attention_heads
+    max_position, rms_norm_eps, sliding_window      likewise
+    qkv_bias, o_bias, mlp_bias  which linear layers have a bias
+    qk_norm                     q and k are normalised head by head, before the rotation
+    windows                     which layers have a sliding window
+    rope_kinds                  rotary scalings that the family knows
+    rope_aliases                its older names for them
+    partial_rotary              whether a head may be rotated in part
+    original_max_position       where the key is left out and a rotary scaling needs it; None =
+                                max_position_embeddings
+    fused                       modules that the decoder fuses and the checkpoint stores apart
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    max_position: int
+    rms_norm_eps: float = 1e-6
+    sliding_window: int | None = None
+    qkv_bias: Flag = Flag()
+    o_bias: Flag = Flag()
+    mlp_bias: Flag = Flag()
+    qk_norm: bool = False
+    windows: Windows = Windows.NEVER
+    rope_kinds: tuple[str, ...] = ROPE_KINDS
+    rope_aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
+    partial_rotary: bool = False
+    original_max_position: int | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: dict(DEFAULT_FUSED), hash=False
+    )
+
+    @property
+    def names(self) -> Names:
+        """The naming rules of the family's checkpoints."""
+        return Names(fused=self.fused)
+
+
+_TABLE = (
+    Family(
+        model_type="llama",
+        architectures=("LlamaForCausalLM",),
+        max_position=2048,
+        qkv_bias=Flag(key="attention_bias"),
+        o_bias=Flag(key="attention_bias"),
+        mlp_bias=Flag(key="mlp_bias"),
+    ),
+    Family(
+        model_type="mistral",
+        architectures=("MistralForCausalLM",),
+        num_kv_heads=8,
+        max_position=131072,
+        sliding_window=4096,
+        windows=Windows.EVERY_LAYER,
+    ),
+    Family(
+        model_type="qwen2",
+        architectures=("Qwen2ForCausalLM",),
+        num_kv_heads=32,
+        max_position=32768,
+        sliding_window=4096,
+        windows=Windows.BY_LAYER,
+        qkv_bias=Flag(default=True),
+    ),
+    Family(
+        model_type="qwen3",
+        architectures=("Qwen3ForCausalLM",),
+        num_kv_heads=32,
+        head_dim=128,
+        max_position=32768,
+        sliding_window=4096,
+        windows=Windows.BY_LAYER,
+        qkv_bias=Flag(key="attention_bias"),
+        o_bias=Flag(key="attention_bias"),
+        qk_norm=True,
+    ),
+    Family(
+        model_type="phi3",
+        architectures=("Phi3ForCausalLM",),
+        max_position=4096,
+        rms_norm_eps=1e-5,
+        windows=Windows.EVERY_LAYER,
+        rope_kinds=("default", "longrope"),
+        # The first Phi-3 configs call it "su"; those of some sizes, wrongly, "yarn".
+        rope_aliases={"su": "longrope", "yarn": "longrope"},
+        partial_rotary=True,
+        original_max_position=4096,
+        fused={},  # stored fused already
+    ),
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _TABLE}
+"""The known families by model_type."""

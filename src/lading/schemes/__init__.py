@@ -1,0 +1,1 @@
+"""Quantisation formats as tables of tensor specs, each with its dequantisation."""

@@ -1,0 +1,99 @@
+"""The stored tensors of a layer, as data: which axis each dim runs along, with which grain. No torch.
+
+A scheme of `lading.schemes` is a function from a layer to such specs; a dense layer has the two of
+`dense_specs`. Letters: O = outputs, I = inputs.
+
+    GPTQ, 4 bits, groups of 128:
+        qweight  [I/8, O]     (INPUT, grain 8), (OUTPUT, 1)
+        qzeros   [I/128, O/8] (INPUT, grain 128), (OUTPUT, grain 8)
+        scales   [I/128, O]   (INPUT, grain 128), (OUTPUT, 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+
+__all__ = ["Along", "Constant", "Dim", "TensorSpec", "dense_specs"]
+
+
+class Along(str, Enum):
+    """What a dim of a tensor runs along.
+
+    OUTPUT, INPUT   an axis of the layer, cut as the layer is
+    WHOLE_INPUT     the inputs, on every rank whole (scales that act-order indices point into)
+    PARTS           one entry for each part of a fused layer (scalars)
+    FIXED           a size of its own, the same on every rank
+    """
+
+    OUTPUT = "output"
+    INPUT = "input"
+    WHOLE_INPUT = "whole input"
+    PARTS = "parts"
+    FIXED = "fixed"
+
+
+class Constant(str, Enum):
+    """A stored tensor whose value follows from the declaration: compared with it, and not kept.
+
+    SHAPE         the two sizes (O, I) of the part
+    GROUP_INDEX   element i is i // group size: the groups in order
+    """
+
+    SHAPE = "shape"
+    GROUP_INDEX = "group index"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dim:
+    """One dim of a stored tensor.
+
+    along     what it runs along
+    grain     logical elements per stored entry
+    ragged    the last entry of a part may cover fewer elements
+    straddle  an entry that a cut goes through is kept by the ranks on both sides (block scales);
+              without it such a cut is refused
+    size      of a FIXED dim
+    reason    why the grain is what it is, for messages: "int4 packs 8 rows per int32 entry"
+    """
+
+    along: Along
+    grain: Fraction = Fraction(1)
+    ragged: bool = False
+    straddle: bool = False
+    size: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One stored tensor of a layer.
+
+    name      the last component of its name: "weight", "bias", "qweight", ...
+    dims      one a dim of the parameter
+    dtypes    those that the format allows, in the safetensors spelling; the parameter takes the file's.
+              () = the model's dtype, to which a file may be cast
+    stored    the file's shape where it is another view of the same elements; -1 stands for all that is
+              left: (-1, 1) for a flattened column
+    constant  what the values have to be, for tensors that are not parameters
+    group     group size of a GROUP_INDEX constant
+    """
+
+    name: str
+    dims: tuple[Dim, ...]
+    dtypes: tuple[str, ...] = ()
+    stored: tuple[int, ...] | None = None
+    constant: Constant | None = None
+    group: int = 0
+
+
+def dense_specs(*, bias: bool) -> tuple[TensorSpec, ...]:
+    """The tensors of a layer that is not quantised: weight [O, I] and, on demand, bias [O]."""
+    weight = TensorSpec(name="weight", dims=(Dim(along=Along.OUTPUT), Dim(along=Along.INPUT)))
+    return (weight, bias_spec()) if bias else (weight,)
+
+
+def bias_spec() -> TensorSpec:
+    """bias [O], in the model's dtype."""
+    return TensorSpec(name="bias", dims=(Dim(along=Along.OUTPUT),))
