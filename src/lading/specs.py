@@ -56,6 +56,8 @@ class Dim:
               without it such a cut is refused
     size      of a FIXED dim
     reason    why the grain is what it is, for messages: "int4 packs 8 rows per int32 entry"
+    align     pieces are whole multiples of so many logical elements, where a grain does not say so
+              (tiles); align_reason says why: "Marlin tiles hold 64 outputs"
     """
 
     along: Along
@@ -64,6 +66,8 @@ class Dim:
     straddle: bool = False
     size: int = 1
     reason: str = ""
+    align: int = 1
+    align_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,7 @@ def depends_on_length(rope: RopeConfig) -> bool:
 def tables(
     position_ids: torch.Tensor, frequencies: torch.Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives cos and sin, [..., n] positions -> [..., n, d]; angles in fp32, the result in `dtype`."""
+    """Gives cos and sin: [..., n] positions -> [..., n, d], angles in fp32, results in `dtype`."""
     angles = position_ids.unsqueeze(-1).float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)

@@ -41,7 +41,7 @@ class LoadableModule(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoadableModule:
         # to_empty() and conversions that need new memory make plain Parameters: keep ours, layout and all.
         before = dict(self._parameters)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._parameters[name]
             if new is None or new is old or not isinstance(old, BasevLLMParameter):
