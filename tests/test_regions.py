@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -234,7 +235,7 @@ def test_runs(data: st.DataObject) -> None:
     assert [at + i for at in offsets for i in range(runs.length)] == positions(found)
     # Longest: no run begins where the one before it ends.
     if runs.length:
-        assert all(b != a + runs.length for a, b in zip(offsets, offsets[1:], strict=False))
+        assert all(b != a + runs.length for a, b in pairwise(offsets))
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,8 @@ def test_reordered(data: st.DataObject) -> None:
     order = tuple(data.draw(st.permutations(range(len(found.shape)))))
     turned = numbered(found.shape).transpose(order)
     np.testing.assert_array_equal(
-        turned[index_of(reordered(found, order))], take(numbered(found.shape), found).transpose(order)
+        turned[index_of(reordered(found, order))],
+        take(numbered(found.shape), found).transpose(order),
     )
 
 
@@ -328,7 +330,9 @@ def halves(draw: Callable[..., Any], box: Region) -> list[Region]:
     if draw(st.booleans()):
         cuts = [(0, (n + 1) // 2, 2), (1, n // 2, 2)]
     return [
-        box.compose(region(box.size, *spans[:dim], cut, *spans[dim + 1 :])) for cut in cuts if cut[1]
+        box.compose(region(box.size, *spans[:dim], cut, *spans[dim + 1 :]))
+        for cut in cuts
+        if cut[1]
     ]
 
 

@@ -1,11 +1,11 @@
 """Starts the ranks of a command on this host, or joins those that torchrun started.
 
-The command's process needs no torch: it plans, starts N processes, and collects one result of each.
-The processes come from a server that has imported torch once (start method "forkserver"; "spawn" where
-a system has none), never from a fork of a process that may hold a GPU. They meet through a file in a
-temporary folder. Whatever happens to one of them, all end within seconds: when one has failed, the
-others get `GRACE_SECONDS` to tell their own story (the usual case: the same error on all ranks), and
-are then killed. A rank whose parent is gone ends by itself.
+The command's process needs no torch: it plans, starts N processes, and collects one result of
+each. The processes come from a server that has imported torch once (start method "forkserver";
+"spawn" where a system has none), never from a fork of a process that may hold a GPU. They meet
+through a file in a temporary folder. Whatever happens to one of them, all end within seconds: when
+one has failed, the others get `GRACE_SECONDS` to tell their own story (the usual case: the same error
+on all ranks), and are then killed. A rank whose parent is gone ends by itself.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PRELOADED = ("torch", "torch.distributed", "lading.pretrained")
 Work = Callable[..., Any]
 
 
-# ----------------------------------------------------------------------------------- before the start
+# -------------------------------------------------------------------------------- before the start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,26 +122,26 @@ def is_first() -> bool:
     return join_size() is None or os.environ["RANK"] == "0"
 
 
-# --------------------------------------------------------------------------------------- the processes
+# ----------------------------------------------------------------------------------- the processes
 
 
 def run_ranks(
-    work: Work, tp_size: int, args: Sequence[Any] = (), *, device_type: str = "cpu"
+    work: Work, tp_size: int, args: Sequence[Any] = (), *, device: str | None = "cpu"
 ) -> list[Any]:
     """`work(ranks, *args)` on every rank: its results, in rank order.
 
-    work          a function of a module, as it is pickled by its name
-    device_type   "cpu" or "cuda": of the process group
+    work     a function of a module, as it is pickled by its name
+    device   "cpu" or "cuda", None = see `device_of`: what the process group is for
 
     One rank runs in this process; under torchrun this process is one of the ranks, and every one of
-    them gets all results. Raises what the ranks raised; a RankError that names the rank where a process
-    died, or met an error that is not lading's.
+    them gets all results. Raises what the ranks raised; a RankError that names the rank where a
+    process died, or met an error that is not lading's.
     """
     if join_size() is not None:
-        return _join(work, tp_size, args, device_type)
+        return _join(work, tp_size, args, device)
     if tp_size == 1:
         return [work(Ranks(), *args)]
-    return _start(work, tp_size, args, device_type)
+    return _start(work, tp_size, args, device)
 
 
 def warm_up(tp_size: int) -> None:
@@ -157,12 +157,13 @@ def _start_method() -> str:
     return "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 
 
-def _join(work: Work, tp_size: int, args: Sequence[Any], device_type: str) -> list[Any]:
+def _join(work: Work, tp_size: int, args: Sequence[Any], device: str | None) -> list[Any]:
     if join_size() != tp_size:
         raise CallError(
             f"is {tp_size}, needs {join_size()} (WORLD_SIZE of the launcher)", subject="tp_size"
         )
-    joined = ranks_module.join_world(device_type=device_type)
+    kind = device_of(Ranks(tp_rank=int(os.environ["RANK"]), tp_size=tp_size), device).split(":")[0]
+    joined = ranks_module.join_world(device_type=kind)
     ranks = ranks_module.current()
     outcome: Any = None
     try:
@@ -186,7 +187,7 @@ class _Failure:
     trace: str | None = None
 
 
-def _start(work: Work, tp_size: int, args: Sequence[Any], device_type: str) -> list[Any]:
+def _start(work: Work, tp_size: int, args: Sequence[Any], device: str | None) -> list[Any]:
     context: Any = get_context(_start_method())  # typeshed gives the two contexts no common type
     warm_up(tp_size)
     with tempfile.TemporaryDirectory(prefix="lading-") as folder:
@@ -198,7 +199,7 @@ def _start(work: Work, tp_size: int, args: Sequence[Any], device_type: str) -> l
                 receiving, sending = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_run_one,
-                    args=(sending, work, ranks, tuple(args), meeting, device_type),
+                    args=(sending, work, ranks, tuple(args), meeting, device),
                     name=f"lading rank {ranks.tp_rank}",
                     daemon=True,
                 )
@@ -266,7 +267,7 @@ def _died(process: BaseProcess) -> RankError:
 
 
 def _results(outcomes: dict[int, Any]) -> list[Any]:
-    """The results; or the error that came first in cause: a death, then lading's own, then others."""
+    """The results; or the error nearest the cause: a death, then lading's own, then others."""
     failures = {rank: o for rank, o in outcomes.items() if isinstance(o, _Failure)}
     if not failures:
         return [outcomes[rank] for rank in sorted(outcomes)]
@@ -286,13 +287,18 @@ def _results(outcomes: dict[int, Any]) -> list[Any]:
 
 
 def _run_one(
-    pipe: Connection, work: Work, ranks: Ranks, args: tuple[Any, ...], meeting: str, device_type: str
+    pipe: Connection,
+    work: Work,
+    ranks: Ranks,
+    args: tuple[Any, ...],
+    meeting: str,
+    device: str | None,
 ) -> None:
     """The life of one rank's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends all
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _join_file(meeting, ranks, device_type)
+        _join_file(meeting, ranks, device)
         outcome = work(ranks, *args)
     except LadingError as error:
         outcome = _Failure(error=error)
@@ -310,16 +316,41 @@ def _run_one(
         os._exit(1)  # a process group that has failed may not let an orderly exit through
 
 
-def _join_file(meeting: str, ranks: Ranks, device_type: str) -> None:
+def _join_file(meeting: str, ranks: Ranks, device: str | None) -> None:
     import torch
 
     interface = _loopback()
     if interface is not None:  # all ranks are on this host: its name need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     torch.set_num_threads(max(1, _num_cores() // ranks.tp_size))
-    if device_type == "cuda":
-        torch.cuda.set_device(ranks.tp_rank)
-    ranks_module.join_file(meeting, ranks=ranks, device_type=device_type)
+    place = device_of(ranks, device)
+    kind = place.split(":")[0]
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    ranks_module.join_file(meeting, ranks=ranks, device_type=kind)
+
+
+def device_of(ranks: Ranks, device: str | None) -> str:
+    """Where a rank's parameters go: "cpu", "cuda:3".
+
+    device   "cpu", "cuda", or None = GPUs where this host has one for each of its ranks, else CPU
+    Raises a CallError where GPUs are asked for and there are too few.
+    """
+    import torch
+
+    from lading.loading import default_device
+
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.tp_size))
+    num_gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if num_gpus >= num_local:
+        return str(default_device(ranks))
+    if device == "cuda":
+        raise CallError(
+            f"this host has {num_gpus} GPUs, needs {num_local} (one for each of its ranks)",
+            subject="device cuda",
+            hint="--device cpu",
+        )
+    return "cpu"
 
 
 def _end_with_parent() -> None:
@@ -343,7 +374,7 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-# ------------------------------------------------------------------------------------------- load
+# -------------------------------------------------------------------------------------------- load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,24 +404,23 @@ def load_rank(ranks: Ranks, path: str, dtype: str | None, device: str | None) ->
 
 
 def load_model(
-    ranks: Ranks, path: str, dtype: str | None, device: str | None
+    ranks: Ranks, path: str, dtype: str | None, device: str | None, *, what: str = "loading"
 ) -> tuple[CausalLM, RankLoad]:
     """A rank's model and what its load did, with the progress bar of rank 0.
 
     dtype    of the parameters, "BF16"; None = as config.json says
-    device   "cpu" or "cuda"; None = a GPU for each rank where there are enough, else the CPU
+    device   "cpu", "cuda", None: see `device_of`
+    what     the word beside the progress bar
     """
     from lading import dtypes, progress
-    from lading.loading import default_device
     from lading.pretrained import load_pretrained
 
-    place = default_device(ranks) if device == "cuda" else "cpu"
     model, report = load_pretrained(
         path,
         ranks=ranks,
-        device=place,
+        device=device_of(ranks, device),
         dtype=None if dtype is None else dtypes.to_torch(dtype),
-        progress=progress.bar_of(ranks),
+        progress=progress.bar_of(ranks, what),
     )
     return model, _summary(report, model)
 

@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from fractions import Fraction
 
 from lading.errors import DeclarationError, LayoutError
 from lading.layouts import Axis, Cut, Layout, Part
+from lading.specs import Along, Dim, TensorSpec, dense_specs
 
-__all__ = ["Along", "Grain", "Kind", "Layer", "TensorSpec", "dense_specs"]
+__all__ = ["Kind", "Layer"]
 
 
 OUT, IN = "out_features of the layer", "in_features of the layer"
@@ -35,48 +35,6 @@ class Kind(str, Enum):
     COLUMN = "column"
     ROW = "row"
     EMBEDDING = "embedding"
-
-
-class Along(str, Enum):
-    """The axis of its layer along which a dim of a tensor runs."""
-
-    OUTPUT = "output"
-    INPUT = "input"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grain:
-    """How many logical elements one stored entry covers along a dim, and why (for messages)."""
-
-    size: Fraction = Fraction(1)
-    ragged: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """One stored tensor of a layer.
-
-    name    the last component of its name: "weight", "bias", "qweight", ...
-    dims    the axis that each dim runs along
-    grains  one a dim
-    dtype   its name in the safetensors format; None = the model's dtype
-    """
-
-    name: str
-    dims: tuple[Along, ...]
-    grains: tuple[Grain, ...]
-    dtype: str | None = None
-
-
-def dense_specs(*, bias: bool) -> tuple[TensorSpec, ...]:
-    """The tensors of a layer that is not quantised: weight [O, I] and, on demand, bias [O]."""
-    weight = TensorSpec(name="weight", dims=(Along.OUTPUT, Along.INPUT), grains=(Grain(), Grain()))
-    return (
-        (weight, TensorSpec(name="bias", dims=(Along.OUTPUT,), grains=(Grain(),)))
-        if bias
-        else (weight,)
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,14 +142,37 @@ class Layer:
         """The stored tensors of the layer."""
         return dense_specs(bias=self.bias)
 
-    def layout(self, spec: TensorSpec, tp_size: int) -> Layout:
-        """How one of the layer's tensors is made of parts and cut across T ranks."""
-        axes = {Along.OUTPUT: self.output, Along.INPUT: self.input}
-        cuts = tuple(
-            Cut(axis=axes[along], grain=grain.size, ragged=grain.ragged, reason=grain.reason)
-            for along, grain in zip(spec.dims, spec.grains, strict=True)
+    def layout(self, spec: TensorSpec, tp_size: int, *, fused_source: bool = False) -> Layout:
+        """How one of the layer's tensors is made of parts and cut across T ranks.
+
+        fused_source   the checkpoint stores all parts of the layer side by side
+        """
+        cuts = tuple(self._cut(dim) for dim in spec.dims)
+        is_fused = fused_source and len(self.output.parts) > 1
+        return Layout(cuts=cuts, tp_size=tp_size, fused_source=is_fused)
+
+    def _cut(self, dim: Dim) -> Cut:
+        return Cut(
+            axis=self._axis(dim),
+            grain=dim.grain,
+            ragged=dim.ragged,
+            reason=dim.reason,
+            straddle=dim.straddle,
+            align=dim.align,
+            align_reason=dim.align_reason,
         )
-        return Layout(cuts=cuts, tp_size=tp_size)
+
+    def _axis(self, dim: Dim) -> Axis:
+        if dim.along is Along.OUTPUT:
+            return self.output
+        if dim.along is Along.INPUT:
+            return self.input
+        if dim.along is Along.WHOLE_INPUT:
+            return Axis.of(self.input.size, max_pieces=1, name=IN)
+        if dim.along is Along.PARTS:
+            slots = tuple(Part(name=p.name, size=1, max_pieces=1) for p in self.output.parts)
+            return Axis(parts=slots, name="one number for each part", scalars=True)
+        return Axis.of(dim.size, max_pieces=1, name="fixed by the format")
 
 
 def _check_sizes(*sizes: int) -> None:

@@ -114,11 +114,14 @@ class Part:
 class Axis:
     """One axis of a layer: its parts, side by side. Most axes have one part without a name.
 
-    name   what its length is called in messages: "out_features", "in_features", "vocabulary size"
+    name     what its length is called in messages: "out_features", "in_features", "vocabulary size"
+    scalars  the parts are single numbers, and a checkpoint tensor that is fused on disk has one
+             number for all of them
     """
 
     parts: tuple[Part, ...]
     name: str = ""
+    scalars: bool = False
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -154,16 +157,26 @@ class Cut:
              Fraction(32, 3) for 3-bit, Fraction(1, 2) where an element takes two entries
     ragged   whether the last entry of a part may cover fewer elements (block scales)
     reason   why the grain is what it is, for messages: "int4 packs 8 rows per int32 entry"
+    straddle whether an entry that a cut goes through is kept on both sides of it (block scales):
+             each rank then keeps the entries that cover its piece, all ranks equally many, and
+             `Layout.offset` says where its piece begins in the first
+    align    pieces are whole multiples of so many elements, where the grain does not say so (tiles);
+             align_reason is why, for messages
     """
 
     axis: Axis
     grain: Fraction = Fraction(1)
     ragged: bool = False
     reason: str = ""
+    straddle: bool = False
+    align: int = 1
+    align_reason: str = ""
 
     def __post_init__(self) -> None:
         if self.grain <= 0:
             raise LayoutError(f"has a grain of {self.grain}, needs a positive number")
+        if self.straddle and self.grain.denominator != 1:
+            raise LayoutError(f"straddles with a grain of {self.grain}, needs a whole number")
 
     def num_entries(self, size: int) -> int:
         """Stored entries of `size` logical elements from an entry's start."""
@@ -176,6 +189,14 @@ class Cut:
             return
         padded = part.size + part.padding(tp_size)
         unit, piece = self.grain.numerator, padded // pieces
+        if not self._is_aligned(part, tp_size):
+            unit, why = self.align, self.align_reason or f"pieces are multiples of {self.align}"
+            raise LayoutError(
+                f"TP {tp_size} cuts {padded} {word} into {piece} per rank; {why} and "
+                f"{piece} = {piece // unit} * {unit} + {piece % unit}",
+                part=part.name,
+                hint=suggest_tp(lambda t: self.fits(part, t), tp_size),
+            )
         found = f"TP {tp_size} cuts {padded} {word} into {piece} per rank"
         if pieces == 1 or not piece % unit:  # what is on disk, without the padding, is no whole
             found, piece = f"has {part.size} {word}", part.size
@@ -190,9 +211,15 @@ class Cut:
         """Whether T ranks can hold equal pieces of whole entries."""
         return part.divides(tp_size) and self._is_whole(part, tp_size)
 
-    def _is_whole(self, part: Part, tp_size: int) -> bool:
+    def _is_aligned(self, part: Part, tp_size: int) -> bool:
         pieces = part.pieces(tp_size)
-        if self.ragged and pieces == 1:
+        return pieces == 1 or not (part.size + part.padding(tp_size)) // pieces % self.align
+
+    def _is_whole(self, part: Part, tp_size: int) -> bool:
+        if not self._is_aligned(part, tp_size):
+            return False
+        pieces = part.pieces(tp_size)
+        if self.straddle or (self.ragged and pieces == 1):
             return True
         piece = (part.size + part.padding(tp_size)) // pieces
         # Padding may begin in the middle of a rank's piece: whole entries come before it, too.
@@ -258,11 +285,14 @@ class Placement:
 class Layout:
     """One Cut a dim, for T ranks. At most one dim is of several parts, at most one is padded.
 
+    fused_source   the checkpoint tensor holds all parts side by side. Only straddling entries depend
+                   on it: which parts share an entry, and so how many entries each keeps
     Raises a LayoutError (with part, numbers, the TP sizes that work) where a cut does not divide.
     """
 
     cuts: tuple[Cut, ...]
     tp_size: int = 1
+    fused_source: bool = False
 
     def __post_init__(self) -> None:
         if self.tp_size < 1:
@@ -293,7 +323,16 @@ class Layout:
 
     def permuted(self, order: Sequence[int]) -> Layout:
         """The layout of the tensor whose dim i is this one's dim order[i]."""
-        return Layout(cuts=tuple(self.cuts[i] for i in order), tp_size=self.tp_size)
+        return Layout(
+            cuts=tuple(self.cuts[i] for i in order),
+            tp_size=self.tp_size,
+            fused_source=self.fused_source,
+        )
+
+    @property
+    def shares_entries(self) -> bool:
+        """Whether two ranks may keep the same stored entry of a part without being replicas."""
+        return any(cut.straddle for cut in self.cuts)
 
     @property
     def fused_dim(self) -> int | None:
@@ -311,16 +350,15 @@ class Layout:
 
     def source_shape(self, part: PartName = None) -> tuple[int, ...]:
         """The shape of one part's checkpoint tensor, in stored entries, without padding."""
-        dim = self.fused_dim
-        return tuple(
-            cut.num_entries(self._part(part).size if i == dim else cut.axis.parts[0].size)
-            for i, cut in enumerate(self.cuts)
-        )
+        chosen = self._chosen(part)
+        return tuple(cut.num_entries(p.size) for cut, p in zip(self.cuts, chosen, strict=True))
 
     @property
     def fused_shape(self) -> tuple[int, ...]:
         """The shape of a checkpoint tensor that holds all parts side by side, in stored entries."""
-        return tuple(cut.num_entries(cut.axis.size) for cut in self.cuts)
+        return tuple(
+            1 if cut.axis.scalars else cut.num_entries(cut.axis.size) for cut in self.cuts
+        )
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -337,16 +375,26 @@ class Layout:
         fused_source   the checkpoint tensor holds all parts side by side
         """
         assert 0 <= tp_rank < self.tp_size, f"rank {tp_rank} of a layout for {self.tp_size} ranks"
+        if self.shares_entries and fused_source != self.fused_source and self.fused_dim is not None:
+            stored = ("each by itself", "side by side")
+            raise LayoutError(
+                f"was declared for parts that are stored {stored[self.fused_source]}, the "
+                f"checkpoint stores them {stored[fused_source]}",
+                part=part,
+            )
         sources: list[Span] = []
         targets: list[Span] = []
-        for dim, cut in enumerate(self.cuts):
-            chosen = self._part(part) if dim == self.fused_dim else cut.axis.parts[0]
+        for cut, chosen in zip(self.cuts, self._chosen(part), strict=True):
             start, stop = chosen.span(tp_rank, self.tp_size)
             stop = min(stop, chosen.size)
             if stop <= start and chosen.size:
                 return None
-            offset = self._source_offset(cut, chosen) if fused_source else 0
-            first, last = entries(start, stop, cut, chosen.size)
+            if cut.straddle:
+                first, last = self._window(cut, chosen, tp_rank)
+                offset = 0
+            else:
+                offset = self._source_offset(cut, chosen) if fused_source else 0
+                first, last = entries(start, stop, cut, chosen.size)
             sources.append((offset + first, offset + last))
             at = self._target_offset(cut, chosen)
             targets.append((at, at + last - first))
@@ -354,6 +402,14 @@ class Layout:
         return Placement(
             source=Region.box(shape, sources), target=Region.box(self.local_shape, targets)
         )
+
+    def offset(self, part: PartName, tp_rank: int, dim: int) -> int:
+        """Logical elements of the first kept entry that come before rank r's piece of a part."""
+        cut, chosen = self.cuts[dim], self._chosen(part)[dim]
+        if not cut.straddle:
+            return 0
+        start = self._base(cut, chosen) + chosen.span(tp_rank, self.tp_size)[0]
+        return start - self._window(cut, chosen, tp_rank)[0] * int(cut.grain)
 
     def padding(self, tp_rank: int) -> tuple[Region, ...]:
         """The boxes of the local parameter that no checkpoint tensor fills."""
@@ -373,18 +429,42 @@ class Layout:
                 boxes.append(Region.box(self.local_shape, spans))
         return tuple(boxes)
 
-    def _part(self, name: PartName) -> Part:
-        dim = self.fused_dim
-        parts = self.cuts[dim].axis.parts if dim is not None else ()
-        for part in parts:
-            if part.name == name:
-                return part
-        if dim is None and name is None:
-            return self.cuts[0].axis.parts[0] if self.cuts else Part(size=1)
-        names = ", ".join(repr(part.name) for part in parts) or "none"
-        raise LayoutError(f"has no part {name!r}, needs one of: {names}")
+    def _chosen(self, name: PartName) -> tuple[Part, ...]:
+        """One part a dim: the one of this name along the fused dim, the only one along others."""
+        if name not in self.part_names:
+            names = ", ".join(map(repr, self.part_names)) if self.fused_dim is not None else "none"
+            raise LayoutError(f"has no part {name!r}, needs one of: {names}")
+        fused = self.fused_dim
+        return tuple(
+            next(part for part in cut.axis.parts if dim != fused or part.name == name)
+            for dim, cut in enumerate(self.cuts)
+        )
+
+    def _base(self, cut: Cut, part: Part) -> int:
+        """Logical elements before a part in the checkpoint tensor."""
+        if not self.fused_source:
+            return 0
+        return sum(other.size for other in cut.axis.parts[: cut.axis.parts.index(part)])
+
+    def _window(self, cut: Cut, part: Part, tp_rank: int) -> Span:
+        """The entries that cover rank r's piece, as many for every rank, all inside the tensor.
+
+        Grain 128, 192 rows on 2 ranks: rank 0 needs entries 0:1, rank 1 (rows 96:192) 0:2. Both keep
+        0:2.
+        """
+        grain, base = int(cut.grain), self._base(cut, part)
+        whole = cut.axis.size if self.fused_source else part.size
+        num_stored = -(-whole // grain)
+        spans = [part.span(rank, self.tp_size) for rank in range(self.tp_size)]
+        count = max(-(-(base + b) // grain) - (base + a) // grain for a, b in spans)
+        start = base + spans[tp_rank][0]
+        first = min(start // grain, num_stored - count)
+        return first, first + count
 
     def _piece_entries(self, cut: Cut, part: Part) -> int:
+        if cut.straddle:
+            first, last = self._window(cut, part, 0)
+            return last - first
         start, stop = part.span(0, self.tp_size)
         return entries(0, stop - start, cut, stop - start)[1]
 
@@ -393,6 +473,8 @@ class Layout:
         return sum(self._piece_entries(cut, other) for other in before)
 
     def _source_offset(self, cut: Cut, part: Part) -> int:
+        if cut.axis.scalars:
+            return 0
         before = cut.axis.parts[: cut.axis.parts.index(part)]
         at = sum(other.size for other in before)
         return entries(at, at, cut, -1)[0]

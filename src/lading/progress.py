@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["Bar", "bar_of"]
 
 
-def bar_of(ranks: Ranks, what: str = "loading") -> Bar | None:
+def bar_of(ranks: Ranks, what: str) -> Bar | None:
     """A bar for rank 0 where stderr is a terminal, None elsewhere."""
     return Bar(what) if ranks.tp_rank == 0 and sys.stderr.isatty() else None
 
@@ -29,8 +29,14 @@ class Bar:
     def start(self, total_bytes: int) -> None:
         """Draws the bar."""
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         self._progress = Progress(
             TextColumn("{task.description}"),

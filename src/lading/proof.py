@@ -10,6 +10,7 @@ Letters: r = tp_rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from lading.errors import LayoutError
 from lading.layouts import Layout, PartName, Placement
@@ -82,7 +83,10 @@ class Worked:
             yield from _faults(cover(self.layout.local_shape, written), where)
         for tensor, regions in kept.items():
             shape = next(iter(regions)).shape
-            yield from _faults(cover(shape, list(regions)), f"the {tensor}checkpoint tensor")
+            coverage = cover(shape, list(regions))
+            if self.layout.shares_entries:  # an entry that a cut goes through is kept on both sides
+                coverage = replace(coverage, twice=None, writers=None)
+            yield from _faults(coverage, f"the {tensor}checkpoint tensor")
 
 
 def _tensor(part: PartName, fused: bool) -> str:

@@ -1,19 +1,18 @@
 """Eyes: plans, checkpoints, loads and checks as text for people and as JSON values for programs.
 
-Values in, values out: nothing here opens a file, asks for a rank or needs torch. A report is a tuple
-of blocks (lines, tables, sections); `render` makes text of it with rich, for a width and with colour
-or without. Numbers of bytes print as GB = 10^9 bytes, three figures.
+Values in, values out: nothing here opens a file, asks for a rank or needs torch. A report is a
+tuple of blocks (lines, tables, sections); `render` makes text of it with rich, for a width and with
+colour or without. Numbers of bytes print as GB = 10^9 bytes, three figures.
 
-Rows fold (`model.layers.{0..31}.mlp.down_proj.weight`, 32 layers) only where the layers are contiguous
-and every printed column is equal up to the layer's number.
+Rows fold (`model.layers.{0..31}.mlp.down_proj.weight`, 32 layers) only where the layers are
+contiguous and every printed column is equal up to the layer's number.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from math import prod
@@ -36,7 +35,9 @@ __all__ = [
     "Table",
     "checks_json",
     "checks_report",
+    "Indented",
     "fold",
+    "indented",
     "inspect_json",
     "inspect_report",
     "load_json",
@@ -45,8 +46,12 @@ __all__ = [
     "overview",
     "plan_json",
     "plan_report",
+    "notes",
     "proof",
+    "proof_block",
+    "proof_lines",
     "render",
+    "speed",
     "spell_bytes",
     "where",
 ]
@@ -91,7 +96,20 @@ class Sections:
     sections: tuple[Section, ...]
 
 
-Block = Line | Table | Sections
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Indented:
+    """A block further to the right."""
+
+    block: Line | Table | Sections
+    columns: int = 3
+
+
+Block = Line | Table | Sections | Indented
+
+
+def indented(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Each of the blocks further to the right."""
+    return tuple(b if isinstance(b, Indented) else Indented(block=b) for b in blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +154,7 @@ def count_of(number: int, what: str) -> str:
     return f"{number:,} {what}"
 
 
-# ---------------------------------------------------------------------------------------------- fold
+# -------------------------------------------------------------------------------------------- fold
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -144,8 +162,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def fold(rows: Iterable[Row]) -> list[tuple[Row, int]]:
     """Rows that differ only in the number of their layer as one row, with how many they are.
 
-    A layer's number is a whole component of the first column, `layers.3.`; the same component of the
-    other columns goes with it. Inner numbers (experts) fold first, runs of contiguous numbers only.
+    A layer's number is a whole component of the first column, `layers.3.`; the same component of
+    the other columns goes with it. Inner numbers (experts) fold first, contiguous ones only.
 
     Example: ("layers.0.w", "[4]"), ("layers.1.w", "[4]"), ("layers.2.w", "[8]")
              -> ("layers.{0..1}.w", "[4]") 2 times, ("layers.2.w", "[8]") once
@@ -220,23 +238,35 @@ def _folded_lines(rows: Iterable[Row], join: Callable[[Row], str]) -> list[Line]
     return [*lines, Line(text=f"  ... and {left} more (--json has all)")] if left > 0 else lines
 
 
-# ---------------------------------------------------------------------------------------------- plan
+# -------------------------------------------------------------------------------------------- plan
 
 
 def proof(plan: Plan) -> str:
     """What the plan proves, in one line."""
-    num_elements = sum(prod(target.layout.local_shape) for target in plan.targets)
+    return "; ".join(proof_lines(plan))
+
+
+def proof_block(plan: Plan) -> tuple[Block, ...]:
+    """The same, to be shown."""
+    lines = [Line(text=f"✓ {text}", style="green") for text in proof_lines(plan)]
     num_padding = sum(fill.region.num_elements for share in plan.shares for fill in share.fills)
+    if num_padding:
+        lines.insert(1, Line(text=f"  {num_padding:,} of them are declared padding, zeros"))
+    return tuple(lines)
+
+
+def proof_lines(plan: Plan) -> tuple[str, str]:
+    """What it says of the parameters, and what of the checkpoint."""
+    num_elements = sum(prod(target.layout.local_shape) for target in plan.targets)
     num_ranks = len(plan.shares)
     on = f" on {num_ranks} ranks" if num_ranks > 1 else f" on {plan.shares[0].ranks}"
     if plan.tp_size == 1:
         on = ""
-    padding = f" ({num_padding:,} of them declared padding)" if num_padding else ""
     used, skipped = len(plan.sources), len(plan.skipped)
     return (
         f"{num_elements * num_ranks:,} elements in {count_of(len(plan.targets), 'parameter')}{on}: "
-        f"each written exactly once{padding}; {count_of(used + skipped, 'checkpoint tensor')}: "
-        f"{used} used, {skipped} skipped"
+        "each written exactly once",
+        f"{count_of(used + skipped, 'checkpoint tensor')}: {used:,} used, {skipped:,} skipped",
     )
 
 
@@ -251,9 +281,9 @@ def plan_report(plan: Plan, *, look: Look, title: str, one_rank: bool) -> tuple[
         Line(text=title, style="bold"),
         Line(text=""),
         *tables,
-        *_notes(plan),
+        *notes(plan),
         Line(text=""),
-        Line(text=proof(plan), style="green"),
+        *proof_block(plan),
     )
 
 
@@ -281,7 +311,7 @@ def _padding_bytes(plan: Plan, share: Share) -> int:
 
 
 def overview(plan: Plan, *, look: Look) -> Sections:
-    """Each parameter, the checkpoint tensors of its parts, and how many pieces they are cut into."""
+    """Each parameter, the checkpoint tensors of its parts, how many pieces they are cut into."""
 
     def rows(target: Target, binding: Binding) -> list[Row]:
         source = plan.sources[binding.source]
@@ -306,11 +336,15 @@ def _pieces(target: Target, binding: Binding, tp_size: int) -> str:
                 count *= part.pieces(tp_size)
     if count == 1:
         return "whole"
-    return f"{count} pieces" if count == tp_size else f"{count} pieces, each on {tp_size // count} ranks"
+    return (
+        f"{count} pieces"
+        if count == tp_size
+        else f"{count} pieces, each on {tp_size // count} ranks"
+    )
 
 
 def where(plan: Plan, *, look: Look) -> Sections:
-    """Each part of each parameter: region of the checkpoint tensor, region of the parameter, by rank."""
+    """Each part of each parameter, by rank: region of the checkpoint tensor, of the parameter."""
     copies: dict[tuple[str, object], list[tuple[int, str, str]]] = {}
     for share in plan.shares:
         for copy in share.copies:
@@ -324,7 +358,7 @@ def where(plan: Plan, *, look: Look) -> Sections:
         for rank, source, into in copies.get((target.name, binding.part), []):
             alike.setdefault((source, into), []).append(rank)
         part = "" if binding.part is None else str(binding.part)
-        found = []
+        found: list[Row] = []
         for (source, into), ranks in alike.items():
             found.append((part, binding.source, _spell_ranks(ranks, everyone), source, into))
         return found
@@ -351,14 +385,12 @@ def _sections(
     flat: list[Row] = []
     for target in plan.targets:
         found = [row for binding in bindings[target.name] for row in rows(target, binding)]
-        note = f"{dtypes.spell(target.dtype, target.layout.local_shape)} on each rank"
+        note = dtypes.spell(target.dtype, target.layout.local_shape)
         aliases = ", ".join(target.aliases)
-        # One row a parameter for `fold`; the cells of its rows are joined by a character of no name.
+        # One row a parameter for `fold`; the cells of its rows are joined by what is in no name.
         flat.append((target.name, note, aliases, *("\x1f".join(row) for row in found)))
     sections = []
     for (name, note, aliases, *cells), count in fold(flat):
-        if plan.tp_size == 1:
-            note = note.removesuffix(" on each rank")
         notes = [note]
         notes += [f"also {aliases}"] if aliases else []
         notes += [f"{count} layers"] if count > 1 else []
@@ -376,15 +408,16 @@ def _sections(
 
 
 def _shown_row(row: Row, parameter: str, look: Look) -> Row:
-    """The checkpoint tensor's name by what it does not share with the parameter's, where space is short."""
+    """The checkpoint tensor's name, in little space without what the parameter's begins with."""
     part, source, *rest = row
-    if look.is_wide:
-        return row
     if source == parameter:
         return (part, "same name", *rest)
-    shared = os.path.commonprefix([source, parameter])
-    shared = shared[: shared.rfind(".") + 1]
-    return (part, f"…{source.removeprefix(shared)}" if shared else source, *rest)
+    if look.is_wide:
+        return row
+    ours, theirs = parameter.split("."), source.split(".")
+    same = [one == two for one, two in zip(ours, theirs, strict=False)]
+    num_shared = same.index(False) if False in same else 0
+    return (part, f"…{'.'.join(theirs[num_shared:])}" if num_shared else source, *rest)
 
 
 def _without_repeats(rows: Sequence[Row]) -> list[Row]:
@@ -397,13 +430,13 @@ def _without_repeats(rows: Sequence[Row]) -> list[Row]:
     return shown
 
 
-def _notes(plan: Plan) -> list[Block]:
+def notes(plan: Plan) -> tuple[Block, ...]:
     """Casts, padding, ties and skipped tensors: what is not a plain copy."""
-    notes: list[Block] = []
+    found: list[Block] = []
 
     def note(title: str, lines: list[Line]) -> None:
         if lines:
-            notes.extend((Line(text=""), Line(text=title, style="yellow"), *lines))
+            found.extend((Line(text=""), Line(text=title, style="yellow"), *lines))
 
     casts = [(name, dtypes.printed(a), dtypes.printed(b)) for name, a, b in plan.casts()]
     note("cast:", _folded_lines(casts, lambda row: f"{row[0]}: {row[1]} to {row[2]}"))
@@ -419,7 +452,7 @@ def _notes(plan: Plan) -> list[Block]:
     note(tied, _folded_lines(ties, lambda row: f"{row[0]}: {row[1]}, {row[2]}"))
     skipped = [(one.source, one.reason) for one in plan.skipped]
     note("skipped:", _folded_lines(skipped, lambda row: f"{row[0]}: {row[1]}"))
-    return notes
+    return tuple(found)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -452,12 +485,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------- inspect
+# ----------------------------------------------------------------------------------------- inspect
 
 
-def inspect_report(
-    checkpoint: Checkpoint, facts: Sequence[tuple[str, str]]
-) -> tuple[Block, ...]:
+def inspect_report(checkpoint: Checkpoint, facts: Sequence[tuple[str, str]]) -> tuple[Block, ...]:
     """Files, what the config declares (`facts`, as pairs), dtypes, and every tensor, folded."""
     sources = list(checkpoint.tensors.values())
     total = sum(source.num_bytes for source in sources)
@@ -522,7 +553,7 @@ def inspect_json(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-# -------------------------------------------------------------------------------- load, verify
+# ------------------------------------------------------------------------------------ load, verify
 
 
 def load_report(loads: Sequence[RankLoad]) -> tuple[Block, ...]:
@@ -579,36 +610,32 @@ def load_json(loads: Sequence[RankLoad]) -> dict[str, Any]:
     }
 
 
-def checks_report(
-    elements: Sequence[ElementCheck], logits: LogitCheck
-) -> tuple[Block, ...]:
+def checks_report(elements: Sequence[ElementCheck], logits: LogitCheck) -> tuple[Block, ...]:
     """What was compared with the independent readers."""
     total, wrong = _total(elements)
     reader = elements[0].reader
     if wrong:
         text = f"✗ elements: {wrong:,} of {total:,} differ from what {reader} reads"
     else:
-        text = f"✓ elements: all {total:,} on {_on(len(elements))} are what {reader} reads, bit for bit"
+        ranks = count_of(len(elements), "rank")
+        text = f"✓ elements: all {total:,} on {ranks} are what {reader} reads, bit for bit"
     lines = [Line(text=text, style="red" if wrong else "green")]
     lines += [Line(text=f"  {one.first}", style="red") for one in elements if one.first is not None]
-    return (*lines, _logits_line(logits))
+    return (*lines, *_logits_lines(logits))
 
 
-def _on(num_ranks: int) -> str:
-    return count_of(num_ranks, "rank")
-
-
-def _logits_line(logits: LogitCheck) -> Line:
+def _logits_lines(logits: LogitCheck) -> tuple[Line, ...]:
     if not logits.compared:
-        return Line(text=f"- logits: not compared, {logits.reason}", style="yellow")
-    numbers = (
-        f"{logits.num_logits:,} differ by at most {logits.max_abs_diff:.2g} "
-        f"(allowed {logits.tolerance:.2g}: 1e-5 of the largest logit, at least 1; in fp32)"
-    )
+        return (Line(text=f"- logits: not compared, {logits.reason}", style="yellow"),)
+    style, mark, are = ("green", "✓", "are") if logits.ok else ("red", "✗", "are not")
     against = f"transformers {logits.transformers_version}"
-    if logits.ok:
-        return Line(text=f"✓ logits: as {against} computes them, {numbers}", style="green")
-    return Line(text=f"✗ logits: not as {against} computes them, {numbers}", style="red")
+    return (
+        Line(text=f"{mark} logits: {logits.num_logits:,} {are} as {against} has them", style=style),
+        Line(
+            text=f"  at most {logits.max_abs_diff:.2g} apart in fp32; allowed "
+            f"{logits.tolerance:.2g}, 1e-5 of the largest (or of 1)"
+        ),
+    )
 
 
 def _total(elements: Sequence[ElementCheck]) -> tuple[int, int]:
@@ -647,13 +674,13 @@ def checks_json(elements: Sequence[ElementCheck], logits: LogitCheck) -> dict[st
     }
 
 
-# -------------------------------------------------------------------------------------------- render
+# ------------------------------------------------------------------------------------------ render
 
 
 def render(blocks: Iterable[Block], look: Look) -> str:
     """The text of a report. Nothing is cut: on a terminal cells wrap, elsewhere lines are long."""
     from rich.console import Console
-    from rich.text import Text
+    from rich.padding import Padding
 
     stream = StringIO()
     console = Console(
@@ -665,14 +692,27 @@ def render(blocks: Iterable[Block], look: Look) -> str:
         highlight=False,
     )
     for block in blocks:
-        if isinstance(block, Line):
-            console.print(Text(block.text, style=block.style), soft_wrap=look.width == 0)
-        elif isinstance(block, Table):
-            console.print(_rich_table(block.heads, block.rows, right=block.right))
-        else:
-            _print_sections(console, block)
+        if block == Line(text=""):
+            console.print()
+            continue
+        left = block.columns if isinstance(block, Indented) else 0
+        inner = block.block if isinstance(block, Indented) else block
+        for piece in _pieces_of(inner, console.width - left):
+            console.print(Padding(piece, (0, 0, 0, left), expand=False))
     lines = stream.getvalue().splitlines()
     return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def _pieces_of(block: Line | Table | Sections, width: int) -> Iterator[Any]:
+    """What rich prints of a block, one under the other."""
+    from rich.text import Text
+
+    if isinstance(block, Line):
+        yield Text(block.text, style=block.style)
+    elif isinstance(block, Table):
+        yield _rich_table(block.heads, block.rows, right=block.right)
+    else:
+        yield from _pieces_of_sections(block, width)
 
 
 def _rich_table(
@@ -694,19 +734,17 @@ def _rich_table(
     return table
 
 
-def _print_sections(console: Any, block: Sections) -> None:
+def _pieces_of_sections(block: Sections, width: int) -> Iterator[Any]:
     from rich.padding import Padding
     from rich.text import Text
 
     rows = [block.heads, *(row for section in block.sections for row in section.rows)]
     widths = [max(len(row[number]) for row in rows) for number in range(len(block.heads))]
-    room = console.width - 2 - 2 * len(widths)
-    if sum(widths) > room:  # too narrow: columns wrap, each as rich sees fit
+    if sum(widths) + 2 * len(widths) > width:  # columns wrap, each as rich sees fit
         widths = [1] * len(widths)
-    console.print(Padding(_rich_table(block.heads, (), widths=widths), (0, 0, 0, 2)))
+    yield Text("parameter  on each rank", style="dim")
+    yield Padding(_rich_table(block.heads, (), widths=widths), (0, 0, 0, 2), expand=False)
     for section in block.sections:
-        heading = Text(section.heading, style="bold cyan")
-        console.print(heading.append(f"  {section.note}", style="not bold dim default"))
+        yield Text(section.heading, style="bold cyan") + Text(f"  {section.note}")
         if section.rows:
-            console.print(Padding(_rich_table((), section.rows, widths=widths), (0, 0, 0, 2)))
-
+            yield Padding(_rich_table((), section.rows, widths=widths), (0, 0, 0, 2), expand=False)

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 from lading import dtypes
 from lading.errors import CallError, LayoutError, PlanError
-from lading.layers import Layer, TensorSpec
+from lading.layers import Layer
 from lading.layouts import Layout
 from lading.models.config import ModelConfig
 from lading.plan import Target
+from lading.specs import TensorSpec
 
 __all__ = ["DEFAULT_VOCAB_PADDING", "Declaration", "declare", "targets", "tp_sizes"]
 
@@ -176,9 +177,11 @@ def tp_sizes(config: ModelConfig, up_to: int = 64) -> tuple[int, ...]:
     Example: 6 q heads, 2 KV heads, intermediate size 96: 1, 2 and 6 (3 does not share 2 KV heads).
     """
     layers = declare(config).distinct_layers
-    return tuple(size for size in range(1, up_to + 1) if all(_divides(one, size) for one in layers))
+    return tuple(size for size in range(1, up_to + 1) if _divides(layers, size))
 
 
-def _divides(layer: Layer, tp_size: int) -> bool:
-    parts = (*layer.output.parts, *layer.input.parts)
-    return all(part.divides(tp_size) for part in parts)
+def _divides(layers: tuple[Layer, ...], tp_size: int) -> bool:
+    layouts = _Layouts(tp_size)
+    for layer in layers:
+        layouts.of_layer("", layer)
+    return not layouts.problems

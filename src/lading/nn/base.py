@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import Parameter
 
 from lading import owners, ranks as ranks_module
 from lading.errors import DeclarationError, LadingError, NotLoadedError
-from lading.layers import Along, Layer, TensorSpec
+from lading.layers import Layer
 from lading.layouts import PartName
 from lading.ledger import Ledger
 from lading.parameter import BasevLLMParameter, ModelWeightParameter, _ColumnvLLMParameter
 from lading.ranks import Ranks
+from lading.specs import Along, TensorSpec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -133,17 +133,11 @@ def _parameter_of(
     spec: TensorSpec, data: torch.Tensor, loader: Callable[..., Any], *, is_cut: bool
 ) -> BasevLLMParameter:
     """The class that says what the tensor's dims are; a vector along whole outputs is a plain one."""
-    if set(spec.dims) == {Along.OUTPUT, Along.INPUT}:
-        return ModelWeightParameter(
-            data=data,
-            output_dim=spec.dims.index(Along.OUTPUT),
-            input_dim=spec.dims.index(Along.INPUT),
-            weight_loader=loader,
-        )
+    along = [dim.along for dim in spec.dims]
+    if along == [Along.OUTPUT, Along.INPUT]:
+        return ModelWeightParameter(data=data, output_dim=0, input_dim=1, weight_loader=loader)
     if is_cut:
-        return _ColumnvLLMParameter(
-            data=data, output_dim=spec.dims.index(Along.OUTPUT), weight_loader=loader
-        )
+        return _ColumnvLLMParameter(data=data, output_dim=0, weight_loader=loader)
     return BasevLLMParameter(data=data, weight_loader=loader)
 
 

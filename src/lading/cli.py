@@ -1,0 +1,461 @@
+"""The command `lading`: demo, load, plan, verify, inspect.
+
+Results go to stdout, as text or with --json as one line of JSON; progress, notes and errors to
+stderr, of rank 0 only. Exit status: 0 = done and right, 1 = a check failed (the checkpoint, the
+plan or what was loaded is wrong), 2 = the command line is, 130 = interrupted.
+
+JSON: every object has "ok" and "command"; where ok is false, "error" is the error's facts, or for
+`verify` of loaded elements, beside its counts. Everything but typer is imported by the command that
+needs it, so that plan, inspect and --help start without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from lading.errors import MAX_PRINTED_PROBLEMS, LadingError, LayoutError, PlanError
+
+if TYPE_CHECKING:
+    from lading.models import ModelConfig
+    from lading.report import Block, Look
+    from lading.verify import RankCheck
+
+__all__ = ["app", "main"]
+
+MAX_TP = 1024
+
+
+class DtypeName(str, Enum):
+    """The dtypes that a model may be loaded in."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class DeviceName(str, Enum):
+    """Where parameters may go."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+_CODES = {DtypeName.BF16: "BF16", DtypeName.FP16: "F16", DtypeName.FP32: "F32"}
+
+app = typer.Typer(
+    name="lading",
+    help="Loads model checkpoints into tensor-parallel PyTorch models, "
+    "by a plan that is proved before a byte is read.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start here: lading demo",
+)
+
+Dir = Annotated[
+    str,
+    typer.Argument(metavar="DIR", help="A checkpoint folder, a weight file or an index."),
+]
+Tp = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        metavar="N",
+        min=1,
+        max=MAX_TP,
+        help="Tensor-parallel ranks. Default: 1; under torchrun, its number of processes.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    DtypeName | None,
+    typer.Option(help="Of the parameters. Default: as config.json says.", show_default=False),
+]
+Device = Annotated[
+    DeviceName | None,
+    typer.Option(
+        help="Default: cuda where there is a GPU for each rank, else cpu.", show_default=False
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")]
+
+
+def main() -> NoReturn:
+    """The entry point: runs the command and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal in ASCII
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _terminated)  # so that ranks end and folders are removed
+    try:
+        try:
+            app(prog_name="lading")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read stdout has gone (`| head`). Nothing may be written to it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    sys.exit(0)
+
+
+def _terminated(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="The version of lading.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from lading import __version__
+
+        typer.echo(f"lading {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def demo(
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Keep the checkpoint here.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Makes a small checkpoint, loads it on 2 ranks, proves and verifies it, and shows all of it."""
+
+    def work() -> tuple[bool, dict[str, Any]]:
+        from lading import demo, report
+
+        done = demo.run(_quiet if as_json else _show, _look(), keep=keep)
+        if not as_json:
+            from lading.report import Line
+
+            folder = keep if keep is not None else "DIR"
+            _show(
+                (
+                    Line(text=""),
+                    Line(text="Yours:  lading inspect DIR  |  lading plan DIR --tp N  |  "),
+                    Line(text="        lading load DIR --tp N  |  lading verify DIR --tp N"),
+                )
+                if keep is None
+                else (Line(text=""), Line(text=f"Kept:   lading plan {folder} --tp 2 --rank 1"))
+            )
+        value = {
+            "folder": keep,
+            "plan": report.plan_json(done.preflight.plan),
+            "load": report.load_json([one.load for one in done.checks]),
+            "verify": _checks_json(done.checks),
+        }
+        return done.ok, value
+
+    _run("demo", work, as_json)
+
+
+@app.command()
+def load(
+    path: Dir,
+    tp: Tp = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Loads a checkpoint on N processes of this host (under torchrun: on its processes)."""
+    size = _tp_of(tp)
+
+    def work() -> tuple[bool, dict[str, Any]]:
+        from lading import launch, report
+
+        results = _on_ranks(launch.load_rank, path, size, _code(dtype), _name(device), as_json)
+        if not as_json:
+            from lading.report import Line
+
+            _show((*report.load_report(results), Line(text=""), Line(text=report.speed(results))))
+        return True, report.load_json(results)
+
+    _run("load", work, as_json)
+
+
+@app.command()
+def plan(
+    path: Dir,
+    tp: Tp = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="R", min=0, help="Every region of this rank.", show_default=False),
+    ] = None,
+    dtype: Dtype = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the plan as JSON.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Plans and proves a load from the files' headers alone: nothing is read, no GPU, no torch."""
+    size = tp or 1
+    if rank is not None and rank >= size:
+        problem = f"is {rank}, needs 0 to {size - 1} (--tp is {size})"
+        raise typer.BadParameter(problem, param_hint="--rank")
+
+    def work() -> tuple[bool, dict[str, Any]]:
+        from lading import launch, report
+        from lading.checkpoint import write_json
+        from lading.plan_json import plan_to_json
+        from lading.ranks import Ranks, all_ranks
+
+        ranks = all_ranks(size) if rank is None else (Ranks(tp_rank=rank, tp_size=size),)
+        found = launch.preflight(path, ranks, dtype=_code(dtype))
+        value = plan_to_json(found.plan) if as_json or out is not None else {}
+        if out is not None:
+            write_json(out, value)
+        if not as_json:
+            title = (
+                f"{os.path.basename(found.checkpoint.folder)} ({found.config.family}) at TP {size}"
+            )
+            look = _look()
+            _show(report.plan_report(found.plan, look=look, title=title, one_rank=rank is not None))
+        return True, {"summary": report.plan_json(found.plan), "plan": value} if as_json else {}
+
+    _run("plan", work, as_json)
+
+
+@app.command()
+def verify(
+    path: Dir,
+    tp: Tp = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    logits: Annotated[
+        bool | None,
+        typer.Option(
+            "--logits/--no-logits",
+            help="Compare logits with transformers. Default: where it is installed and the "
+            "checkpoint has at most 4 GB.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Loads, compares every element with what safetensors reads, and logits with transformers."""
+    size = _tp_of(tp)
+
+    def work() -> tuple[bool, dict[str, Any]]:
+        from lading import report
+        from lading.verify import verify_rank
+
+        checks: list[RankCheck] = _on_ranks(
+            verify_rank, path, size, _code(dtype), _name(device), as_json, logits
+        )
+        if not as_json:
+            elements = [one.elements for one in checks]
+            _show(report.checks_report(elements, checks[0].logits))
+            _show((report.Line(text=report.speed([one.load for one in checks])),))
+        ok = checks[0].logits.ok
+        errors = [error for one in checks if (error := one.elements.error()) is not None]
+        value = _checks_json(checks) | {"load": report.load_json([one.load for one in checks])}
+        if errors:
+            value["error"] = errors[0].to_dict()
+            if not as_json:
+                _say_error(errors[0])
+        return ok and not errors, value
+
+    _run("verify", work, as_json)
+
+
+@app.command()
+def inspect(path: Dir, as_json: Json = False) -> None:
+    """Shows the files, tensors, dtypes and sizes, and what the config declares."""
+
+    def work() -> tuple[bool, dict[str, Any]]:
+        from lading import report
+        from lading.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(path)
+        facts, config = _facts(checkpoint.config)
+        if not as_json:
+            shown = [(key, "" if v is None else str(v)) for key, v in facts.items()]
+            _show(report.inspect_report(checkpoint, shown))
+        value = report.inspect_json(checkpoint)
+        value["config"] = facts
+        value["tp_sizes"] = _tp_sizes(config)
+        return True, value
+
+    _run("inspect", work, as_json)
+
+
+def _facts(raw: Any) -> tuple[dict[str, Any], ModelConfig | None]:
+    """What config.json declares, or why lading cannot say; the config where it is a known one."""
+    from lading import models
+
+    if raw is None:
+        return {"missing": "there is no config.json: plan, load and verify need one"}, None
+    try:
+        config = models.parse_config(raw)
+    except LadingError as error:
+        return {"problem": str(error)}, None
+    sizes = ", ".join(map(str, _tp_sizes(config) or ()))
+    return {
+        "family": config.family,
+        "layers": config.num_layers,
+        "hidden size": config.hidden_size,
+        "heads": f"{config.num_heads} of {config.head_dim}, {config.num_kv_heads} KV heads",
+        "intermediate size": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position,
+        "tied embeddings": "yes" if config.tie_word_embeddings else "no",
+        "dtype": config.dtype,
+        "quantization": (config.quantization or {}).get("quant_method"),
+        "TP sizes": sizes,
+    }, config
+
+
+def _tp_sizes(config: ModelConfig | None) -> list[int] | None:
+    from lading import models
+
+    return list(models.tp_sizes(config)) if config is not None else None
+
+
+# ----------------------------------------------------------------------------------------- running
+
+
+def _tp_of(tp: int | None) -> int:
+    """--tp, which under torchrun may be left out and may not contradict."""
+    from lading.launch import join_size
+
+    size = join_size()
+    if size is not None and tp not in (None, size):
+        problem = f"is {tp}, needs {size} (WORLD_SIZE of the launcher)"
+        raise typer.BadParameter(problem, param_hint="--tp")
+    return size or tp or 1
+
+
+def _on_ranks(
+    work: Callable[..., Any],
+    path: str,
+    tp_size: int,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+    *more: Any,
+) -> list[Any]:
+    """Runs a rank's work on every rank; what can be known to fail without them fails before."""
+    from lading import launch, report
+    from lading.ranks import all_ranks
+
+    if launch.join_size() is None:
+        launch.warm_up(tp_size)
+        plan = launch.preflight(path, all_ranks(tp_size), dtype=dtype).plan
+        if not as_json:
+            _show((*report.proof_block(plan), report.Line(text="")))
+    return launch.run_ranks(work, tp_size, (path, dtype, device, *more), device=device)
+
+
+def _code(dtype: DtypeName | None) -> str | None:
+    return None if dtype is None else _CODES[dtype]
+
+
+def _name(device: DeviceName | None) -> str | None:
+    return None if device is None else device.value
+
+
+def _checks_json(checks: Sequence[RankCheck]) -> dict[str, Any]:
+    from lading import report
+
+    return report.checks_json([one.elements for one in checks], checks[0].logits)
+
+
+def _run(command: str, work: Callable[[], tuple[bool, dict[str, Any]]], as_json: bool) -> None:
+    """Runs a command's work and ends the process as its outcome asks for."""
+    try:
+        ok, value = work()
+    except LadingError as error:
+        if as_json:
+            _give({"ok": False, "command": command, "error": error.to_dict()})
+        else:
+            _say_error(error)
+        raise typer.Exit(1) from None
+    if as_json:
+        _give({"ok": ok, "command": command, **value})
+    if not ok:
+        raise typer.Exit(1)
+
+
+def _is_first() -> bool:
+    from lading.launch import is_first
+
+    return is_first()
+
+
+def _look() -> Look:
+    from lading.report import look_of
+
+    return look_of(sys.stdout, os.environ)
+
+
+def _show(blocks: Sequence[Block]) -> None:
+    from lading.report import render
+
+    if _is_first():
+        sys.stdout.write(render(blocks, _look()))
+        sys.stdout.flush()
+
+
+def _quiet(_blocks: Sequence[Block]) -> None:
+    return None
+
+
+def _give(value: dict[str, Any]) -> None:
+    if _is_first():
+        sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _say_error(error: LadingError) -> None:
+    """The message on stderr; equal problems of equal layers as one line."""
+    if not _is_first():
+        return
+    from lading.report import Line, look_of, render
+
+    if error.__cause__ is not None and type(error.__cause__) is RuntimeError:
+        sys.stderr.write(f"{error.__cause__}\n")  # where another rank was, as it told
+    lines = [Line(text=text) for text in _lines(error)]
+    first = Line(text=f"error: {lines[0].text}", style="red")
+    sys.stderr.write(render((first, *lines[1:]), look_of(sys.stderr, os.environ)))
+
+
+def _lines(error: LadingError) -> list[str]:
+    from lading.report import fold
+
+    if not isinstance(error, PlanError) or len(error.problems) == 1:
+        return str(error).splitlines()
+    rows = []
+    for problem in error.problems:
+        text = str(problem)
+        subject = problem.subject or ""
+        rows.append((subject, text.removeprefix(subject)))
+    folded = fold(rows)
+    shown = [
+        f"  {subject}{text}{f' ({count} times)' if count > 1 else ''}"
+        for (subject, text), count in folded[:MAX_PRINTED_PROBLEMS]
+    ]
+    left = len(folded) - MAX_PRINTED_PROBLEMS
+    if left > 0:
+        shown.append(f"  ... and {left} more (--json has all)")
+    if any(isinstance(problem, LayoutError) for problem in error.problems):
+        shown.append("  lading inspect DIR shows the TP sizes at which every layer divides.")
+    return [f"{error.fact}:", *shown]

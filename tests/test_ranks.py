@@ -1,0 +1,156 @@
+"""Ranks as values, the rank of a thread, and the collectives: alone, and over two processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from lading import ranks as ranks_module
+from lading.errors import CallError
+from lading.ranks import Ranks, all_ranks, as_current, current, explicit_current, set_current
+
+
+@dataclass(frozen=True)
+class Fails:
+    id: str
+    make: Callable[[], object]
+    text: str
+
+
+FAILS = [
+    Fails(
+        "rank too many",
+        lambda: Ranks(tp_rank=3, tp_size=3),
+        "Ranks: tp_rank is 3, needs 0 to 2 (tp_size is 3).",
+    ),
+    Fails(
+        "negative expert rank",
+        lambda: Ranks(ep_rank=-1, ep_size=2),
+        "Ranks: ep_rank is -1, needs 0 to 1 (ep_size is 2).",
+    ),
+    Fails("no ranks", lambda: Ranks(tp_size=0), "Ranks: tp_size is 0, needs at least 1."),
+    Fails("a flag", lambda: Ranks(tp_rank=False), "Ranks: tp_rank is False, needs an int."),
+    Fails(
+        "a string",
+        lambda: Ranks(ep_size="2"),  # type: ignore[arg-type]
+        "Ranks: ep_size is '2', needs an int.",
+    ),
+    Fails(
+        "all of none", lambda: all_ranks(0), "all_ranks: tp_size is 0, needs an int of at least 1."
+    ),
+    Fails(
+        "current of another kind",
+        lambda: set_current(3),  # type: ignore[arg-type]
+        "set_current: is 3, needs a Ranks or None.",
+    ),
+    Fails(
+        "two ranks in one process",
+        lambda: ranks_module.all_reduce(torch.ones(2, 3), Ranks(tp_size=2), None),
+        "forward: rank 0 of 2 has to combine a tensor of shape [2, 3] with the other ranks, but "
+        "this process is in no process group of that size. "
+        "Try: start the ranks with torchrun, or pass group= to the layer.",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FAILS, ids=lambda case: case.id)
+def test_refused(case: Fails) -> None:
+    with pytest.raises(CallError) as caught:
+        case.make()
+    assert str(caught.value) == case.text
+
+
+def test_values() -> None:
+    assert Ranks() == Ranks(tp_rank=0, tp_size=1, ep_rank=0, ep_size=1)
+    assert [r.tp_rank for r in all_ranks(5)] == [0, 1, 2, 3, 4]
+    assert {r.tp_size for r in all_ranks(5)} == {5}
+    assert str(Ranks(tp_rank=2, tp_size=5)) == "rank 2 of 5"
+    text = "rank 0 of 1, expert rank 1 of 3"
+    assert str(Ranks(ep_rank=1, ep_size=3)) == text
+
+
+def test_the_rank_of_a_thread() -> None:
+    one, two = all_ranks(2)
+    seen: list[Ranks | None] = []
+    with as_current(one):
+        thread = threading.Thread(target=lambda: seen.append(explicit_current()))
+        thread.start()
+        thread.join()
+        with as_current(two):
+            assert current() == two
+        assert current() == one
+        with as_current(None):
+            assert current() == Ranks()
+    assert explicit_current() is None
+    assert seen == [None]
+
+
+def test_the_rank_comes_back_after_an_exception() -> None:
+    with pytest.raises(KeyError), as_current(Ranks(tp_rank=1, tp_size=2)):
+        raise KeyError
+    assert explicit_current() is None
+
+
+def test_alone() -> None:
+    assert current() == ranks_module.world() == Ranks()
+    assert ranks_module.group_of(Ranks(), None) is None
+    assert ranks_module.group_of(Ranks(tp_rank=1, tp_size=3), None) is None, "a dry run"
+    assert ranks_module.exchange("mine", None) == ["mine"]
+    tensor = torch.ones(2)
+    assert ranks_module.all_reduce(tensor, Ranks(), None) is tensor
+    assert ranks_module.all_gather(tensor, Ranks(), None) is tensor
+    ranks_module.leave_world()
+
+
+def test_join_world_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert ranks_module.join_world(device_type="cpu") is False
+
+
+def in_a_group(rank: int, folder: str) -> None:
+    """What one of two processes sees; writes it down for the test."""
+    ranks = Ranks(tp_rank=rank, tp_size=2)
+    ranks_module.join_file(f"{folder}/meet", ranks=ranks, device_type="cpu")
+    seen: dict[str, Any] = {
+        "world": current(),
+        "own group": ranks_module.group_of(ranks, None) is not None,
+        "a dry run of 3 is alone": ranks_module.group_of(Ranks(tp_size=3), None) is None,
+        "joins once": ranks_module.join_world(device_type="cpu"),
+    }
+    group = ranks_module.group_of(ranks, None)
+    assert group is not None
+    seen["exchange"] = ranks_module.exchange({"rank": rank}, group)
+    tensor = torch.tensor([[1.0, 2.0, 3.0]]) * (rank + 1)
+    seen["gather"] = ranks_module.all_gather(tensor, ranks, None).tolist()
+    seen["reduce"] = ranks_module.all_reduce(tensor, ranks, group).tolist()
+    try:
+        ranks_module.group_of(Ranks(tp_rank=1 - rank, tp_size=2), group)
+    except CallError as error:
+        seen["other"] = str(error)
+    ranks_module.leave_world()
+    seen["left"] = ranks_module.world()
+    torch.save(seen, f"{folder}/{rank}")
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(in_a_group, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in range(2):
+        other = 1 - rank
+        assert torch.load(tmp_path / str(rank), weights_only=False) == {
+            "world": Ranks(tp_rank=rank, tp_size=2),
+            "own group": True,
+            "a dry run of 3 is alone": True,
+            "joins once": False,
+            "exchange": [{"rank": 0}, {"rank": 1}],
+            "gather": [[1.0, 2.0, 3.0, 2.0, 4.0, 6.0]],
+            "reduce": [[3.0, 6.0, 9.0]],
+            "other": f"group: the process group says rank {rank} of 2, needs rank {other} of 2.",
+            "left": Ranks(),
+        }
