@@ -9,7 +9,8 @@ from fractions import Fraction
 import pytest
 
 from lading.errors import DeclarationError, LayoutError
-from lading.layers import Along, Grain, Layer, TensorSpec, dense_specs
+from lading.layers import Layer
+from lading.specs import Along, Dim, TensorSpec
 
 Shape = tuple[int, ...]
 
@@ -82,19 +83,15 @@ def test_shapes(case: Expect) -> None:
     assert [spec.name for spec in case.layer.specs()] == ["weight", "bias"]
 
 
-def test_specs_without_bias() -> None:
-    (weight,) = dense_specs(bias=False)
-    assert (weight.name, weight.dims) == ("weight", (Along.OUTPUT, Along.INPUT))
-    assert Layer.row(4, 4).specs() == (weight,)
-
-
 def test_a_packed_tensor_lies_the_other_way_round() -> None:
     """GPTQ's qweight is [I / 8, O]: its first dim runs along the inputs."""
     spec = TensorSpec(
         name="qweight",
-        dims=(Along.INPUT, Along.OUTPUT),
-        grains=(Grain(size=Fraction(8), reason="int4 packs 8 rows per int32 entry"), Grain()),
-        dtype="I32",
+        dims=(
+            Dim(along=Along.INPUT, grain=Fraction(8), reason="int4 packs 8 rows per int32 entry"),
+            Dim(along=Along.OUTPUT),
+        ),
+        dtypes=("I32",),
     )
     layout = Layer.row(96, 5).layout(spec, 3)
     assert (layout.source_shape(), layout.local_shape) == ((12, 5), (4, 5))
@@ -104,6 +101,40 @@ def test_a_packed_tensor_lies_the_other_way_round() -> None:
         "TP 8 cuts 96 rows into 12 per rank; int4 packs 8 rows per int32 entry and "
         "12 = 1 * 8 + 4. Try: TP 1, 2, 3, 4 or 6."
     )
+
+
+def test_a_number_for_each_part() -> None:
+    spec = TensorSpec(name="scale", dims=(Dim(along=Along.PARTS),))
+    layout = Layer.qkv(5, 2, 6, 2).layout(spec, 2)
+    assert (layout.part_names, layout.local_shape) == (("q", "k", "v"), (3,))
+    assert (layout.source_shape("k"), layout.fused_shape) == ((1,), (1,))
+    assert Layer.row(4, 4).layout(spec, 2).local_shape == (1,)
+
+
+def test_dims_that_no_rank_cuts() -> None:
+    dims = (Dim(along=Along.WHOLE_INPUT, grain=Fraction(4)), Dim(along=Along.FIXED, size=7))
+    layout = Layer.row(96, 5).layout(TensorSpec(name="x", dims=dims), 3)
+    assert layout.source_shape() == layout.local_shape == (24, 7)
+
+
+def test_everything_that_a_dim_says_reaches_the_cut() -> None:
+    dim = Dim(
+        along=Along.OUTPUT,
+        grain=Fraction(2),
+        ragged=True,
+        straddle=True,
+        reason="because",
+        align=3,
+        align_reason="tiles",
+    )
+    layer = Layer.column(5, [6, 12])
+    layout = layer.layout(TensorSpec(name="x", dims=(dim,)), 2, fused_source=True)
+    (cut,) = layout.cuts
+    assert (cut.axis, cut.grain, cut.ragged, cut.straddle) == (layer.output, 2, True, True)
+    assert (cut.reason, cut.align, cut.align_reason) == ("because", 3, "tiles")
+    assert layout.fused_source
+    one = Layer.column(5, [12]).layout(TensorSpec(name="x", dims=(dim,)), 2, fused_source=True)
+    assert not one.fused_source, "one part is not fused"
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,14 @@ SIZES = range(1, 17)
 
 
 def cut(
-    *parts: Part, grain: Fraction | int = 1, ragged: bool = False, reason: str = "", name: str = ""
+    *parts: Part,
+    grain: Fraction | int = 1,
+    ragged: bool = False,
+    straddle: bool = False,
+    reason: str = "",
 ) -> Cut:
-    axis = Axis(parts=parts, name=name)
-    return Cut(axis=axis, grain=Fraction(grain), ragged=ragged, reason=reason)
+    grain = Fraction(grain)
+    return Cut(axis=Axis(parts=parts), grain=grain, ragged=ragged, straddle=straddle, reason=reason)
 
 
 def whole(size: int) -> Cut:
@@ -279,6 +283,60 @@ def test_ragged_blocks_of_a_padded_part() -> None:
     assert_same(layout, lambda sources, rank: chunk(sources[None], 2, rank))
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["parts", "fused"])
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("grain", [1, 5, 8, 128])
+def test_straddling_blocks(grain: int, tp_size: int, fused: bool) -> None:
+    """Each rank has, for each of its elements, the entry that the checkpoint has for it."""
+    parts = [Part(name="a", size=36), Part(name="b", size=60), Part(name="c", size=2, max_pieces=1)]
+    along = cut(*parts, grain=grain, ragged=True, straddle=True)
+    layout = Layout(cuts=(whole(2), along), tp_size=tp_size, fused_source=fused)
+    sources = sources_of(layout)
+    base = dict.fromkeys("abc", 0)
+    if fused:
+        everything = numbered(layout.fused_shape)
+        assert everything.shape == (2, -(-98 // grain))
+        sources, base = dict.fromkeys("abc", everything), {"a": 0, "b": 36, "c": 96}
+    for rank in range(tp_size):
+        found = local(layout, rank, sources, fused=fused)
+        at = 0
+        for part in parts:
+            pieces = min(tp_size, part.max_pieces or tp_size)
+            kept = chunk(np.arange(part.size), pieces, rank * pieces // tp_size)
+            offset = layout.offset(part.name, rank, 1)
+            source = sources[part.name]
+            for column, element in enumerate(kept + base[str(part.name)]):
+                mine = found[:, at + (offset + column) // grain]
+                np.testing.assert_array_equal(mine, source[:, element // grain])
+            # As few entries as the rank that needs the most of them.
+            all_kept = np.split(np.arange(part.size) + base[str(part.name)], pieces)
+            at += max(len(set(piece // grain)) for piece in all_kept)
+        assert found.shape == (2, at)
+    assert layout.shares_entries
+
+
+def test_straddling_blocks_know_how_their_parts_are_stored() -> None:
+    parts = [Part(name="a", size=36), Part(name="b", size=60)]
+    layout = Layout(cuts=(cut(*parts, grain=8, straddle=True, ragged=True),), tp_size=2)
+    with pytest.raises(LayoutError) as caught:
+        layout.place("b", 0, fused_source=True)
+    assert str(caught.value) == (
+        "part 'b': was declared for parts that are stored each by itself, the checkpoint stores "
+        "them side by side."
+    )
+
+
+def test_one_number_for_all_parts() -> None:
+    """A scale of each part; on disk fused, it is one number, which every part gets."""
+    parts = tuple(Part(name=n, size=1, max_pieces=1) for n in "ab")
+    layout = Layout(cuts=(Cut(axis=Axis(parts=parts, scalars=True)),), tp_size=3)
+    assert (layout.local_shape, layout.fused_shape) == ((2,), (1,))
+    both = dict.fromkeys("ab", np.array([7]))
+    np.testing.assert_array_equal(local(layout, 2, both, fused=True), [7, 7])
+    one_each = {"a": np.array([7]), "b": np.array([8])}
+    np.testing.assert_array_equal(local(layout, 2, one_each, fused=False), [7, 8])
+
+
 def test_scale_repeated_on_every_rank() -> None:
     layout = Layout.replicated((3, 7), tp_size=5)
     assert layout.local_shape == layout.source_shape() == (3, 7)
@@ -314,13 +372,15 @@ def test_permuted(order: tuple[int, int]) -> None:
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_every_layout_covers_or_is_refused(data: st.DataObject) -> None:
     """Each element of each parameter once, each of the checkpoint somewhere."""
     tp_size = data.draw(st.integers(1, 8))
     grain = data.draw(st.sampled_from([*GRAINS, Fraction(3)]))
     pads = data.draw(st.sampled_from([0, 0, 1, 8]))
+    straddle = grain.denominator == 1 and data.draw(st.booleans())
+    is_ragged = straddle or data.draw(st.booleans())
     parts = [
         Part(
             name=i,
@@ -332,7 +392,7 @@ def test_every_layout_covers_or_is_refused(data: st.DataObject) -> None:
     ]
     try:
         layout = Layout(
-            cuts=(whole(2), cut(*parts, grain=grain, ragged=data.draw(st.booleans()))),
+            cuts=(whole(2), cut(*parts, grain=grain, ragged=is_ragged, straddle=straddle)),
             tp_size=tp_size,
         )
     except LayoutError:
@@ -346,7 +406,9 @@ def test_every_layout_covers_or_is_refused(data: st.DataObject) -> None:
             if placement is not None:
                 kept[name].add(placement.source)
     for name, regions in kept.items():
-        assert cover(layout.source_shape(name), sorted(regions, key=str)).is_exact
+        coverage = cover(layout.source_shape(name), sorted(regions, key=str))
+        assert coverage.missing is None
+        assert coverage.twice is None or straddle
 
 
 @dataclass(frozen=True)
@@ -357,6 +419,10 @@ class Refused:
     make: Callable[[int], object]
     tp_size: int
     text: str
+
+
+def tiled(size: int, align: int, reason: str) -> Cut:
+    return Cut(axis=Axis.of(size), align=align, align_reason=reason)
 
 
 INT4 = "int4 packs 8 rows per int32 entry"
@@ -443,6 +509,20 @@ REFUSED = [
         "has 101 rows; int4 packs 8 rows per int32 entry and 101 = 12 * 8 + 5.",
     ),
     Refused(
+        "tiles",
+        lambda t: Layout(cuts=(tiled(192, 64, "Marlin tiles hold 64 rows"),), tp_size=t),
+        2,
+        "TP 2 cuts 192 rows into 96 per rank; Marlin tiles hold 64 rows and 96 = 1 * 64 + 32. "
+        "Try: TP 1 or 3.",
+    ),
+    Refused(
+        "tiles without a reason",
+        lambda t: Layout(cuts=(tiled(192, 64, ""),), tp_size=t),
+        4,
+        "TP 4 cuts 192 rows into 48 per rank; pieces are multiples of 64 and 48 = 0 * 64 + 48. "
+        "Try: TP 1 or 3.",
+    ),
+    Refused(
         "more ranks than the suggestions of 8 reach",
         lambda t: Layout(cuts=(cut(Part(size=36)),), tp_size=t),
         24,
@@ -512,6 +592,16 @@ FAILS = [
         "grain of nothing",
         lambda: cut(Part(size=4), grain=0),
         "has a grain of 0, needs a positive number.",
+    ),
+    Fails(
+        "straddling halves",
+        lambda: cut(Part(size=4), grain=Fraction(3, 2), straddle=True),
+        "straddles with a grain of 3/2, needs a whole number.",
+    ),
+    Fails(
+        "tiles of nothing",
+        lambda: tiled(4, 0, ""),
+        "has pieces that are multiples of 0, needs at least 1.",
     ),
     Fails(
         "two fused dims",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lading.errors import MAX_PRINTED_PROBLEMS, LadingError, LayoutError, PlanError
+from lading.errors import MAX_PRINTED_PROBLEMS, LadingError, PlanError
 
 if TYPE_CHECKING:
     from lading.models import ModelConfig
@@ -138,7 +138,7 @@ def demo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Makes a small checkpoint, loads it on 2 ranks, proves and verifies it, and shows all of it."""
+    """Makes a small checkpoint, loads it on 2 ranks, proves and verifies it, and shows it all."""
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import demo, report
@@ -210,7 +210,8 @@ def plan(
     """Plans and proves a load from the files' headers alone: nothing is read, no GPU, no torch."""
     size = tp or 1
     if rank is not None and rank >= size:
-        problem = f"is {rank}, needs 0 to {size - 1} (--tp is {size})"
+        allowed = f"0 to {size - 1}" if size > 1 else "0"
+        problem = f"is {rank}, needs {allowed} (--tp is {size})"
         raise typer.BadParameter(problem, param_hint="--rank")
 
     def work() -> tuple[bool, dict[str, Any]]:
@@ -289,7 +290,7 @@ def inspect(path: Dir, as_json: Json = False) -> None:
         checkpoint = open_checkpoint(path)
         facts, config = _facts(checkpoint.config)
         if not as_json:
-            shown = [(key, "" if v is None else str(v)) for key, v in facts.items()]
+            shown = [(key, str(value)) for key, value in facts.items() if value is not None]
             _show(report.inspect_report(checkpoint, shown))
         value = report.inspect_json(checkpoint)
         value["config"] = facts
@@ -301,7 +302,7 @@ def inspect(path: Dir, as_json: Json = False) -> None:
 
 def _facts(raw: Any) -> tuple[dict[str, Any], ModelConfig | None]:
     """What config.json declares, or why lading cannot say; the config where it is a known one."""
-    from lading import models
+    from lading import dtypes, models
 
     if raw is None:
         return {"missing": "there is no config.json: plan, load and verify need one"}, None
@@ -319,7 +320,7 @@ def _facts(raw: Any) -> tuple[dict[str, Any], ModelConfig | None]:
         "vocabulary": config.vocab_size,
         "context": config.max_position,
         "tied embeddings": "yes" if config.tie_word_embeddings else "no",
-        "dtype": config.dtype,
+        "dtype": None if config.dtype is None else dtypes.printed(config.dtype),
         "quantization": (config.quantization or {}).get("quant_method"),
         "TP sizes": sizes,
     }, config
@@ -450,12 +451,12 @@ def _lines(error: LadingError) -> list[str]:
         rows.append((subject, text.removeprefix(subject)))
     folded = fold(rows)
     shown = [
-        f"  {subject}{text}{f' ({count} times)' if count > 1 else ''}"
+        f"  {subject}{text}{f' ({count} layers)' if count > 1 else ''}"
         for (subject, text), count in folded[:MAX_PRINTED_PROBLEMS]
     ]
     left = len(folded) - MAX_PRINTED_PROBLEMS
     if left > 0:
         shown.append(f"  ... and {left} more (--json has all)")
-    if any(isinstance(problem, LayoutError) for problem in error.problems):
-        shown.append("  lading inspect DIR shows the TP sizes at which every layer divides.")
+    if error.hint is not None:
+        shown.append(f"  Try: {error.hint}.")
     return [f"{error.fact}:", *shown]

@@ -124,6 +124,11 @@ def spell(code: str, shape: tuple[int, ...]) -> str:
     return f"{printed(code)}[{', '.join(map(str, shape))}]"
 
 
+def storage_bytes(code: str) -> int:
+    """Bytes of one element of the torch tensor that holds it: 1 for F4, of which two share a byte."""
+    return max(BITS[code] // 8, 1)
+
+
 def is_lossless(source: str, target: str) -> bool:
     """Whether every value of dtype `source` is a value of dtype `target`."""
     if source == target:

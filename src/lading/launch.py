@@ -4,8 +4,8 @@ The command's process needs no torch: it plans, starts N processes, and collects
 each. The processes come from a server that has imported torch once (start method "forkserver";
 "spawn" where a system has none), never from a fork of a process that may hold a GPU. They meet
 through a file in a temporary folder. Whatever happens to one of them, all end within seconds: when
-one has failed, the others get `GRACE_SECONDS` to tell their own story (the usual case: the same error
-on all ranks), and are then killed. A rank whose parent is gone ends by itself.
+one has failed, the others get `GRACE_SECONDS` to tell their own story (the usual case: the same
+error on all ranks), and are then killed. A rank whose parent is gone ends by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from multiprocessing import connection, get_all_start_methods, get_context, pare
 from typing import TYPE_CHECKING, Any
 
 from lading import ranks as ranks_module
-from lading.errors import CallError, ConfigError, LadingError, RankError
+from lading.errors import CallError, ConfigError, LadingError, PlanError, RankError
 from lading.ranks import Ranks, all_ranks
 
 if TYPE_CHECKING:
@@ -88,7 +88,13 @@ def preflight(path: str, ranks: Sequence[Ranks], *, dtype: str | None = None) ->
         )
     config = models.parse_config(checkpoint.config)
     code = dtype or config.dtype or _most_common_dtype(checkpoint)
-    targets = models.targets(models.declare(config), ranks[0].tp_size, code)
+    tp_size = ranks[0].tp_size
+    try:
+        targets = models.targets(models.declare(config), tp_size, code)
+    except PlanError as error:
+        sizes = models.tp_sizes(config, max(64, tp_size))
+        error.hint = f"TP {', '.join(map(str, sizes))}: there every layer divides"
+        raise
     names = models.FAMILIES[config.family].names
     plan = make_plan(targets, checkpoint.tensors, ranks=ranks, names=names)
     return Preflight(checkpoint=checkpoint, config=config, plan=plan)
@@ -347,7 +353,7 @@ def device_of(ranks: Ranks, device: str | None) -> str:
     if device == "cuda":
         raise CallError(
             f"this host has {num_gpus} GPUs, needs {num_local} (one for each of its ranks)",
-            subject="device cuda",
+            subject="--device cuda",
             hint="--device cpu",
         )
     return "cpu"

@@ -160,8 +160,8 @@ class Cut:
     straddle whether an entry that a cut goes through is kept on both sides of it (block scales):
              each rank then keeps the entries that cover its piece, all ranks equally many, and
              `Layout.offset` says where its piece begins in the first
-    align    pieces are whole multiples of so many elements, where the grain does not say so (tiles);
-             align_reason is why, for messages
+    align    pieces are whole multiples of so many elements, where the grain does not say so
+             (tiles); align_reason is why, for messages
     """
 
     axis: Axis
@@ -177,6 +177,8 @@ class Cut:
             raise LayoutError(f"has a grain of {self.grain}, needs a positive number")
         if self.straddle and self.grain.denominator != 1:
             raise LayoutError(f"straddles with a grain of {self.grain}, needs a whole number")
+        if self.align < 1:
+            raise LayoutError(f"has pieces that are multiples of {self.align}, needs at least 1")
 
     def num_entries(self, size: int) -> int:
         """Stored entries of `size` logical elements from an entry's start."""
@@ -285,8 +287,8 @@ class Placement:
 class Layout:
     """One Cut a dim, for T ranks. At most one dim is of several parts, at most one is padded.
 
-    fused_source   the checkpoint tensor holds all parts side by side. Only straddling entries depend
-                   on it: which parts share an entry, and so how many entries each keeps
+    fused_source   the checkpoint tensor holds all parts side by side. Only straddling entries
+                   depend on it: which parts share an entry, and so how many entries each keeps
     Raises a LayoutError (with part, numbers, the TP sizes that work) where a cut does not divide.
     """
 
@@ -356,9 +358,7 @@ class Layout:
     @property
     def fused_shape(self) -> tuple[int, ...]:
         """The shape of a checkpoint tensor that holds all parts side by side, in stored entries."""
-        return tuple(
-            1 if cut.axis.scalars else cut.num_entries(cut.axis.size) for cut in self.cuts
-        )
+        return tuple(1 if cut.axis.scalars else cut.num_entries(cut.axis.size) for cut in self.cuts)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -420,12 +420,14 @@ class Layout:
                 if stop <= part.size:
                     continue
                 at = self._target_offset(cut, part)
-                left = max(part.size - start, 0)
+                left, num_entries = max(part.size - start, 0), self._piece_entries(cut, part)
+                if cut.straddle and left:
+                    continue  # every rank that has an element keeps as many entries as the others
                 used = entries(0, left, cut, left)[1]
-                if used == self._piece_entries(cut, part):
+                if used == num_entries:
                     continue  # a ragged last entry covers the padding, too
                 spans = [(0, n) for n in self.local_shape]
-                spans[dim] = (at + used, at + self._piece_entries(cut, part))
+                spans[dim] = (at + used, at + num_entries)
                 boxes.append(Region.box(self.local_shape, spans))
         return tuple(boxes)
 
@@ -449,15 +451,16 @@ class Layout:
     def _window(self, cut: Cut, part: Part, tp_rank: int) -> Span:
         """The entries that cover rank r's piece, as many for every rank, all inside the tensor.
 
-        Grain 128, 192 rows on 2 ranks: rank 0 needs entries 0:1, rank 1 (rows 96:192) 0:2. Both keep
-        0:2.
+        Grain 128, 192 rows on 2 ranks: rank 0 needs entries 0:1, rank 1 (rows 96:192) 0:2. Both
+        keep 0:2.
         """
         grain, base = int(cut.grain), self._base(cut, part)
         whole = cut.axis.size if self.fused_source else part.size
         num_stored = -(-whole // grain)
         spans = [part.span(rank, self.tp_size) for rank in range(self.tp_size)]
-        count = max(-(-(base + b) // grain) - (base + a) // grain for a, b in spans)
         start = base + spans[tp_rank][0]
+        ends = [(base + a, base + min(b, part.size)) for a, b in spans if a < part.size]
+        count = max((-(-b // grain) - a // grain for a, b in ends), default=0)
         first = min(start // grain, num_stored - count)
         return first, first + count
 

@@ -266,7 +266,18 @@ def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
         except LookupError as error:
             problems.append(DeclarationError(str(error), subject=name))
             continue
-        targets.append(Target(name=name, layout=layout, dtype=dtype, aliases=tuple(aliases)))
+        targets.append(
+            Target(
+                name=name,
+                layout=layout,
+                dtype=dtype,
+                aliases=tuple(aliases),
+                **_stored_as(tensors[key]),
+            )
+        )
+    for prefix, module in model.named_modules():
+        if isinstance(module, ParallelLayer):
+            targets += module.expected_targets(prefix)
     if problems:
         raise PlanError(problems, what="the model")
     return tuple(targets)
@@ -279,6 +290,13 @@ def _state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found.append((f"{prefix}.{name}" if prefix else name, buffer))
     return found
+
+
+def _stored_as(tensor: torch.Tensor) -> dict[str, Any]:
+    """How a parameter's tensor is called and shaped in the file, where that is not the usual."""
+    if not isinstance(tensor, BasevLLMParameter):
+        return {}
+    return {"leaf": tensor.stored_leaf, "stored": tensor.stored_shape}
 
 
 def _layout_of(tensor: torch.Tensor, ranks: Ranks) -> Layout:
@@ -320,7 +338,9 @@ def _ranks_of(model: nn.Module) -> Ranks:
 
 def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     state = dict(_state(model))
-    return {target.name: state[target.name] for target in plan.targets}
+    return {
+        target.name: state[target.name] for target in plan.targets if target.expected is None
+    }
 
 
 def _install(

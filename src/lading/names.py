@@ -96,13 +96,15 @@ class Names:
             target = re.sub(pattern, replacement, target)
         return target
 
-    def parts(self, target: str, num_parts: int) -> tuple[str, ...] | None:
+    def parts(self, target: str, num_parts: int, leaf: str = "") -> tuple[str, ...] | None:
         """The checkpoint's names of a fused parameter's parts, None where no rule knows the module.
 
+        leaf   what follows the module's name; by default the last component of `target`
         Raises a DeclarationError where the rule has another number of parts.
         """
         whole = self.whole(target)
-        module, _, leaf = whole.rpartition(".")
+        leaf = leaf or whole.rpartition(".")[2]
+        module = whole.removesuffix(leaf).removesuffix(".")
         head, _, last = module.rpartition(".")
         if last not in self.fused:
             return None

@@ -38,8 +38,23 @@ from lading.names import Names
 from lading.proof import Worked, work_out
 from lading.ranks import Ranks
 from lading.regions import Copy, Region
+from lading.specs import Constant
 
-__all__ = ["Binding", "Fill", "Plan", "Share", "Skipped", "Target", "Tie", "make_plan"]
+__all__ = ["Binding", "Check", "Expected", "Fill", "Plan", "Share", "Skipped", "Target", "Tie", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a stored tensor's values have to be; such a tensor is compared and not kept.
+
+    constant        which rule
+    outputs, inputs, group   O, I of the stored tensor's part, and the group size, for the rules
+    """
+
+    constant: Constant
+    outputs: tuple[tuple[PartName, int], ...] = ()
+    inputs: int = 0
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +65,20 @@ class Target:
     layout    its parts and cuts; its tp_size is that of the ranks
     dtype     in the safetensors spelling, "BF16"
     aliases   other names of the same tensor (tied weights)
+    leaf      what follows the module's name in the checkpoint, where that is not the last component
+              of the name: "weight.absmax"
+    stored    the checkpoint tensor's shape where it is another view of the layout's elements; -1
+              stands for all that is left
+    expected  the values that the tensor must have: then it is no parameter, but compared
     """
 
     name: str
     layout: Layout
     dtype: str
     aliases: tuple[str, ...] = ()
+    leaf: str = ""
+    stored: tuple[int, ...] | None = None
+    expected: Expected | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in dtypes.BITS:
@@ -93,6 +116,19 @@ class Tie:
     target: str
     source: str
     twin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A checkpoint tensor whose values follow from the declaration: read, compared, not kept.
+
+    numbers   SHAPE: (O, I); GROUP_INDEX: (number of inputs, group size); ZERO: none
+    """
+
+    target: str
+    source: str
+    constant: Constant
+    numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +189,27 @@ class Plan:
 
     def parameter_bytes(self) -> int:
         """Bytes of the parameters that each rank holds, padding included."""
-        return sum(prod(t.layout.local_shape) * dtypes.BITS[t.dtype] // 8 for t in self.targets)
+        return sum(
+            prod(t.layout.local_shape) * dtypes.storage_bytes(t.dtype)
+            for t in self.targets
+            if t.expected is None
+        )
+
+    def checks(self) -> tuple[Check, ...]:
+        """The tensors that are compared with what the declaration says."""
+        found = {}
+        for binding in self.bindings:
+            expected = self.target(binding.target).expected
+            if expected is not None:
+                numbers = _expected_numbers(expected, binding)
+                check = Check(
+                    target=binding.target,
+                    source=binding.source,
+                    constant=expected.constant,
+                    numbers=numbers,
+                )
+                found[binding.source] = check
+        return tuple(found.values())
 
     def checkpoint_bytes(self) -> int:
         """Bytes of the checkpoint tensors that are used, each counted once."""
@@ -162,7 +218,8 @@ class Plan:
     def share_bytes(self, share: Share) -> int:
         """Bytes of the checkpoint that one rank keeps."""
         return sum(
-            copy.source_region.num_elements * dtypes.BITS[self.sources[copy.source].dtype] // 8
+            copy.source_region.num_elements
+            * dtypes.storage_bytes(self.sources[copy.source].dtype)
             for copy in share.copies
         )
 
@@ -181,6 +238,7 @@ class Plan:
             [(b.target, b.part, b.source, b.fused) for b in self.bindings],
             [(s.name, s.dtype, s.shape, s.file, s.offset_bytes) for s in self.sources.values()],
             [(t.name, t.dtype, t.layout.local_shape, t.layout.tp_size) for t in self.targets],
+            [(c.source, c.constant.value, c.numbers) for c in self.checks()],
             [(t.target, t.source, t.twin) for t in self.ties],
             [s.source for s in self.skipped],
         ]
@@ -271,11 +329,12 @@ def _assemble(
     if problems:
         raise PlanError(problems)
     used = {binding.source for binding in bindings} | {tie.twin for tie in ties}
+    compared = frozenset(target.name for target in targets if target.expected is not None)
     return Plan(
         targets=tuple(targets),
         sources={name: source for name, source in sources.items() if name in used},
         bindings=tuple(bindings),
-        shares=tuple(_share(one, grouped, layouts) for one in ranks),
+        shares=tuple(_share(one, grouped, layouts, compared) for one in ranks),
         ties=ties,
         skipped=skipped,
     )
@@ -319,21 +378,22 @@ class _Binder:
         """Binds every part of a target, or notes why it cannot be."""
         before = len(self.problems)
         found: list[list[Binding]] = []
-        for name in (target.name, *target.aliases):
+        for name in _stored_names(target):
             bindings = self._look_up(target, name)
             if bindings:
                 found.append(bindings)
-        if len(self.problems) > before:
-            return
-        if not found:
+        is_found = len(self.problems) == before
+        if is_found and not found:
             self._note_missing(target)
             return
-        first = found[0]
         layout = self.layouts[target.name]
-        for binding in first:
+        first = found[0] if found else []
+        for binding in first:  # of what is there, also where a part is missing
             problem = _binding_problem(target, layout, binding, self.sources[binding.source])
             if problem is not None:
                 self.problems.append(problem)
+        if not is_found:
+            return
         self.bindings += first
         for other in found[1:]:
             self._tie(target, first, other)
@@ -345,7 +405,7 @@ class _Binder:
         if len(parts) == 1:
             return [self._binding(target, parts[0], whole)] if whole in self.sources else []
         try:
-            stored = self.names.parts(name, len(parts))
+            stored = self.names.parts(name, len(parts), target.leaf)
         except LadingError as error:
             self.problems.append(error)
             return []
@@ -381,8 +441,9 @@ class _Binder:
 
     def _note_missing(self, target: Target) -> None:
         parts = self.layouts[target.name].part_names
-        whole = self.names.whole(target.name)
-        stored = self.names.parts(target.name, len(parts)) if len(parts) > 1 else None
+        name = _stored_names(target)[0]
+        whole = self.names.whole(name)
+        stored = self.names.parts(name, len(parts), target.leaf) if len(parts) > 1 else None
         if stored is None:
             self._missing(target, None, whole, fused=None)
             return
@@ -439,7 +500,11 @@ def _binding_problem(
     layout = worked.layout
     needed = worked.source_shape(binding.part, fused=binding.fused)
     # A 0-d tensor is as good as one of one element: scales are stored both ways.
-    is_fitting = source.shape == needed or (source.shape == () and needed == (1,))
+    shape = source.storage_shape
+    is_fitting = shape == needed or (shape == () and needed == (1,))
+    if target.stored is not None:
+        needed = _stored_shape(target.stored, needed)
+        is_fitting = shape == needed
     problem = dtypes.cast_problem(source.dtype, target.dtype)
     if is_fitting and problem is None:
         return None
@@ -449,13 +514,39 @@ def _binding_problem(
     want = f"needs {dtypes.spell(target.dtype, needed)}"
     part = None if binding.fused else binding.part
     if not is_fitting:
-        why = _why_shape(layout, binding, source.shape, needed)
+        why = "as the format stores it"
+        if target.stored is None:
+            why = _why_shape(layout, binding, source.shape, needed)
         return ShapeError(
             f"{found}, {want} ({why})", subject=target.name, part=part, file=source.file
         )
     return DtypeError(
         f"{found}, {want} ({problem})", subject=target.name, part=part, file=source.file
     )
+
+
+def _stored_names(target: Target) -> tuple[str, ...]:
+    """The target's names as the checkpoint spells them, before naming rules."""
+    names = (target.name, *target.aliases)
+    if not target.leaf:
+        return names
+    return tuple(f"{name.rpartition('.')[0]}.{target.leaf}" for name in names)
+
+
+def _stored_shape(pattern: tuple[int, ...], needed: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a pattern with one -1 has for the elements of `needed`."""
+    rest = prod(n for n in pattern if n != -1)
+    return tuple(prod(needed) // rest if n == -1 else n for n in pattern)
+
+
+def _expected_numbers(expected: Expected, binding: Binding) -> tuple[int, ...]:
+    if expected.constant is Constant.SHAPE:
+        sizes = dict(expected.outputs)
+        outputs = sum(sizes.values()) if binding.fused else sizes[binding.part]
+        return outputs, expected.inputs
+    if expected.constant is Constant.GROUP_INDEX:
+        return expected.inputs, expected.group
+    return ()
 
 
 def _tie_problem(tie: Tie, sources: Mapping[str, Source], part: PartName) -> LadingError | None:
@@ -503,12 +594,17 @@ def _why_entries(layout: Layout, dim: int, binding: Binding, want: int) -> str:
 
 
 def _share(
-    ranks: Ranks, grouped: Mapping[str, Sequence[Binding]], layouts: Mapping[str, Worked]
+    ranks: Ranks,
+    grouped: Mapping[str, Sequence[Binding]],
+    layouts: Mapping[str, Worked],
+    compared: frozenset[str],
 ) -> Share:
     copies: list[Copy] = []
     fills: list[Fill] = []
     for name, bindings in grouped.items():
         layout = layouts[name]
+        if name in compared:
+            continue
         for binding in bindings:
             placement = layout.place(binding.part, ranks.tp_rank, fused=binding.fused)
             if placement is not None:

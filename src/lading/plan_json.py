@@ -191,7 +191,10 @@ def plan_from_json(value: object) -> Plan:
     }
     layouts = _list(facts["layouts"], "layouts", lambda v, at: _layout(v, at, tp_size))
     targets = _list(facts["targets"], "targets", lambda v, at: _target(v, at, layouts))
-    by_name = {target.name: target for target in targets}
+    by_name: dict[str, Target] = {}
+    for i, target in enumerate(targets):
+        if by_name.setdefault(target.name, target) is not target:
+            _fail(f"targets[{i}].name", f"is {target.name!r}, needs a name of its own")
     bindings = _list(facts["bindings"], "bindings", lambda v, at: _binding(v, at, by_name, sources))
     _check_fused(bindings)
     bound = {(binding.target, binding.source) for binding in bindings}

@@ -15,12 +15,12 @@ from lading.loading import (
     Prepared,
     Progress,
     default_device,
-    names_of,
     run_load,
     targets_of,
 )
 from lading.plan import make_plan
 from lading.ranks import Ranks
+from lading.schemes import quant_config_of
 from lading.transport import DEFAULT_STAGING_BYTES
 
 if TYPE_CHECKING:
@@ -114,11 +114,17 @@ def prepare_pretrained(
         )
     config = models.parse_config(checkpoint.config)
     chosen = dtype if dtype is not None else dtypes.to_torch(model_dtype(checkpoint, config.dtype))
+    names = models.FAMILIES[config.family].names
+    quant_config = quant_config_of(checkpoint, names)
+    declaration = models.declare(config)
+    models.targets(declaration, ranks.tp_size, dtypes.from_torch(chosen), quant_config)  # all problems
     with torch.device("meta"):
-        model = models.CausalLM(config, ranks=ranks, group=group, dtype=chosen)
+        model = models.CausalLM(
+            config, ranks=ranks, group=group, dtype=chosen, quant_config=quant_config
+        )
     owners.name_parameters(model)
     plan = make_plan(
-        targets_of(model, ranks), checkpoint.tensors, ranks=[ranks], names=names_of(model)
+        targets_of(model, ranks), checkpoint.tensors, ranks=[ranks], names=names
     )
     return Prepared(model=model, checkpoint=checkpoint, plan=plan)
 

@@ -86,13 +86,13 @@ class Worked:
             coverage = cover(shape, list(regions))
             if self.layout.shares_entries:  # an entry that a cut goes through is kept on both sides
                 coverage = replace(coverage, twice=None, writers=None)
-            yield from _faults(coverage, f"the {tensor}checkpoint tensor")
+            yield from _faults(coverage, tensor)
 
 
 def _tensor(part: PartName, fused: bool) -> str:
     if fused:
-        return "fused "
-    return "" if part is None else f"part {part!r}'s "
+        return "the fused checkpoint tensor"
+    return "the checkpoint tensor" if part is None else f"part {part!r}'s checkpoint tensor"
 
 
 def _faults(coverage: Coverage, where: str) -> Iterator[str]:

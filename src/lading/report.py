@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -156,7 +157,7 @@ def count_of(number: int, what: str) -> str:
 
 # -------------------------------------------------------------------------------------------- fold
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.,:']|$)")
 
 
 def fold(rows: Iterable[Row]) -> list[tuple[Row, int]]:
@@ -181,7 +182,7 @@ def _fold_at(rows: Sequence[tuple[Row, int]], place: int) -> list[tuple[Row, int
     for row, count in rows:
         key, number = _with_hole(row, place)
         numbers.setdefault((key, count), []).append((number, row))
-    result: dict[Row, int] = {}
+    result: list[tuple[Row, int]] = []
     done: set[tuple[Row, int]] = set()
     for row, count in rows:
         key, _ = _with_hole(row, place)
@@ -189,14 +190,10 @@ def _fold_at(rows: Sequence[tuple[Row, int]], place: int) -> list[tuple[Row, int
             continue
         done.add((key, count))
         for first, last, original in _runs(numbers[key, count]):
-            if first == last:
-                result[original] = count
-            else:
-                braces = f"{{{first}..{last}}}"
-                result[tuple(cell.replace("\0", braces) for cell in key)] = count * (
-                    last - first + 1
-                )
-    return list(result.items())
+            braces = f"{{{first}..{last}}}"
+            folded = tuple(cell.replace("\0", braces) for cell in key)
+            result.append((original if first == last else folded, count * (last - first + 1)))
+    return result
 
 
 def _with_hole(row: Row, place: int) -> tuple[Row, int]:
@@ -209,18 +206,21 @@ def _with_hole(row: Row, place: int) -> tuple[Row, int]:
 
 
 def _punched(cell: str, place: int, text: str) -> str:
-    found = list(_NUMBER.finditer(cell))
-    if place >= len(found) or found[place].group() != text:
-        return cell
-    start, stop = found[place].span()
-    return f"{cell[:start]}\0{cell[stop:]}"
+    """The cell with a NUL for that number, in each of its words: names stand in sentences too."""
+    words = cell.split(" ")
+    for at, word in enumerate(words):
+        found = list(_NUMBER.finditer(word))
+        if place < len(found) and found[place].group() == text:
+            start, stop = found[place].span()
+            words[at] = f"{word[:start]}\0{word[stop:]}"
+    return " ".join(words)
 
 
 def _runs(found: list[tuple[int, Row]]) -> list[tuple[int, int, Row]]:
     """(first, last, row of the first) of each run of contiguous numbers."""
     runs: list[tuple[int, int, Row]] = []
     for number, row in sorted(found):
-        if runs and number == runs[-1][1] + 1 and number > 0:
+        if runs and number == runs[-1][1] + 1:
             runs[-1] = (runs[-1][0], number, runs[-1][2])
         else:
             runs.append((number, number, row))
@@ -288,18 +288,18 @@ def plan_report(plan: Plan, *, look: Look, title: str, one_rank: bool) -> tuple[
 
 
 def _shares_table(plan: Plan) -> Table:
-    size = plan.parameter_bytes()
-    rows = tuple(
-        (
-            str(share.ranks.tp_rank),
-            spell_bytes(size),
+    """Bytes and copies of each rank; ranks that are alike, as most are, share a row."""
+    alike: dict[Row, list[int]] = {}
+    for share in plan.shares:
+        row = (
+            spell_bytes(plan.parameter_bytes()),
             spell_bytes(plan.share_bytes(share)),
             f"{len(share.copies):,}",
             spell_bytes(_padding_bytes(plan, share)),
         )
-        for share in plan.shares
-    )
+        alike.setdefault(row, []).append(share.ranks.tp_rank)
     heads = ("rank", "parameters", "of the checkpoint", "copies", "padding")
+    rows = tuple((_spell_ranks(ranks), *row) for row, ranks in alike.items())
     return Table(heads=heads, rows=rows, right=(1, 2, 3, 4))
 
 
@@ -351,7 +351,6 @@ def where(plan: Plan, *, look: Look) -> Sections:
             copies.setdefault((copy.target, copy.part), []).append(
                 (share.ranks.tp_rank, str(copy.source_region), str(copy.target_region))
             )
-    everyone = len(plan.shares)
 
     def rows(target: Target, binding: Binding) -> list[Row]:
         alike: dict[tuple[str, str], list[int]] = {}
@@ -360,19 +359,17 @@ def where(plan: Plan, *, look: Look) -> Sections:
         part = "" if binding.part is None else str(binding.part)
         found: list[Row] = []
         for (source, into), ranks in alike.items():
-            found.append((part, binding.source, _spell_ranks(ranks, everyone), source, into))
+            found.append((part, binding.source, _spell_ranks(ranks), source, into))
         return found
 
     heads = ("part", "checkpoint tensor", "rank", "takes", "puts it at")
     return _sections(plan, heads, rows, look=look)
 
 
-def _spell_ranks(ranks: Sequence[int], everyone: int) -> str:
-    if len(ranks) == everyone > 1:
-        return "all"
-    if len(ranks) > 1 and ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"{ranks[0]}..{ranks[-1]}"
-    return ", ".join(map(str, ranks))
+def _spell_ranks(ranks: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0..2, 5'."""
+    runs = _runs([(rank, ()) for rank in ranks])
+    return ", ".join(str(first) if first == last else f"{first}..{last}" for first, last, _ in runs)
 
 
 def _sections(
@@ -571,7 +568,21 @@ def load_report(loads: Sequence[RankLoad]) -> tuple[Block, ...]:
         for one in loads
     )
     heads = ("rank", "device", "dtype", "parameters", "read", "of it not kept", "copies")
-    return (Table(heads=heads, rows=rows, right=(3, 4, 5, 6)),)
+    return (Table(heads=heads, rows=rows, right=(3, 4, 5, 6)), *_load_notes(loads[0]))
+
+
+def _load_notes(load: RankLoad) -> list[Block]:
+    """Casts and skipped tensors, counted; `plan` lists them."""
+    casts = Counter((dtypes.printed(a), dtypes.printed(b)) for _, a, b in load.casts)
+    lines: list[Block] = [
+        Line(text=f"{count_of(count, 'parameter')} cast from {a} to {b}", style="yellow")
+        for (a, b), count in casts.items()
+    ]
+    skips = Counter(reason for _, reason in load.skipped)
+    return lines + [
+        Line(text=f"{count_of(count, 'tensor')} skipped: {reason}", style="yellow")
+        for reason, count in skips.items()
+    ]
 
 
 def speed(loads: Sequence[RankLoad]) -> str:

@@ -39,10 +39,12 @@ class Constant(str, Enum):
 
     SHAPE         the two sizes (O, I) of the part
     GROUP_INDEX   element i is i // group size: the groups in order
+    ZERO          all elements are zero
     """
 
     SHAPE = "shape"
     GROUP_INDEX = "group index"
+    ZERO = "zero"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,7 @@ class TensorSpec:
               left: (-1, 1) for a flattened column
     constant  what the values have to be, for tensors that are not parameters
     group     group size of a GROUP_INDEX constant
+    per_part  the first dim was put before the format's own: one entry for each part of a fused layer
     """
 
     name: str
@@ -90,6 +93,12 @@ class TensorSpec:
     stored: tuple[int, ...] | None = None
     constant: Constant | None = None
     group: int = 0
+    per_part: bool = False
+
+    @property
+    def attribute(self) -> str:
+        """The parameter's name in its module: "weight.absmax" is weight_absmax there."""
+        return self.name.replace(".", "_")
 
 
 def dense_specs(*, bias: bool) -> tuple[TensorSpec, ...]:

@@ -2,8 +2,8 @@
 
 Independent means: tensors come from the `safetensors` library (torch's own files from
 `torch.load`), one whole tensor at a time, and are cut with torch.chunk and torch.cat by the sizes
-of the declared parts. Regions, copies and plans, which the load is made of, are not used here; which
-tensor belongs to which parameter is (the naming rules): the logits tell whether those are right.
+of the declared parts. Regions, copies and plans, which the load is made of, are not used here.
+Which tensor belongs to which parameter is (the naming rules): the logits tell whether it is right.
 
 torch is imported by the functions, so that results can travel to a process without it.
 """

@@ -362,7 +362,7 @@ def test_arithmetic_gives_plain_tensors() -> None:
 
 
 def test_swap_tensors() -> None:
-    """lading gives parameters on meta their memory by a swap, which weak references forbid."""
+    """Parameters on meta get their memory by a swap, which weak references would forbid."""
     old = make(ModelWeightParameter, torch.empty(2, 2, device="meta"))
     new = make(ModelWeightParameter, torch.zeros(2, 2))
     old.load_column_parallel_weight(torch.ones(2, 2))

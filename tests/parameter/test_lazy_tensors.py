@@ -154,8 +154,7 @@ def test_lazy_tensors_are_checked_by_what_they_say(copies: list[Any]) -> None:
     param, name, keywords, full = column(torch.int32)
     with refused(
         DtypeError,
-        "ModelWeightParameter: tensor is fp32, needs int32 (a float does not fit into an "
-        "integer).",
+        "ModelWeightParameter: tensor is fp32, needs int32 (a float does not fit into an integer).",
         param,
     ):
         getattr(param, name)(Lazy.of(full[:2]), **keywords)

@@ -288,9 +288,7 @@ def test_shared_heads_with_the_rank_of_the_call() -> None:
 
 def test_a_world_bounds_what_a_rank_alone_may_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a world of 4, a group has 1, 2 or 4 ranks: 3 pieces are a tensor that is too short."""
-    monkeypatch.setattr(
-        "lading.parameter.base.world", lambda: Ranks(tp_rank=2, tp_size=4)
-    )
+    monkeypatch.setattr("lading.parameter.base.world", lambda: Ranks(tp_rank=2, tp_size=4))
     param = weight()
     param.load_column_parallel_weight(numbered((8, 1)))
     assert piece(param) == 2

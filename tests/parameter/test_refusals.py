@@ -1,7 +1,7 @@
-"""Where a load must not go on: the full text of each refusal, the same on every rank, nothing written.
+"""Where a load must not go on: each refusal's full text, on every rank alike, nothing written.
 
-The cases are those in which the field's reference is silent, broadcasts, wraps, or fails on some ranks
-only.
+The cases are those in which the field's reference is silent, broadcasts, wraps, or fails on some
+ranks only.
 """
 
 from __future__ import annotations
@@ -532,9 +532,7 @@ def test_every_class_checks_its_keywords(cls: type[Any], call: str) -> None:
     param = make(cls, poisoned((2, 2)))
     good = "loaded_weight, tp_rank, use_presharded_weights"
     if call == MERGED:
-        good = (
-            "loaded_weight, shard_id, shard_offset, shard_size, tp_rank, use_presharded_weights"
-        )
+        good = "loaded_weight, shard_id, shard_offset, shard_size, tp_rank, use_presharded_weights"
     if call == QKV and cls is PerTensorScaleParameter:
         good = (
             "loaded_weight, shard_id, shard_offset, shard_size, num_heads, tp_rank, "
@@ -622,9 +620,7 @@ def test_a_scale_without_slots() -> None:
 def test_a_rank_that_was_overwritten_with_nonsense() -> None:
     param = RowvLLMParameter(data=poisoned((2,)), input_dim=0, weight_loader=None)
     param.tp_rank, param.tp_size = 3, 2
-    with refused(
-        CallError, "RowvLLMParameter: tp_rank is 3, needs 0 to 1 (tp_size is 2).", param
-    ):
+    with refused(CallError, "RowvLLMParameter: tp_rank is 3, needs 0 to 1 (tp_size is 2).", param):
         param.load_row_parallel_weight(numbered((4,)))
     param.tp_size = 0
     with refused(CallError, "RowvLLMParameter: tp_size is 0, needs an int of at least 1.", param):

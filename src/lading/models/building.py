@@ -25,6 +25,7 @@ from lading.nn import (
 )
 from lading.parameter import BasevLLMParameter
 from lading.ranks import Ranks
+from lading.schemes import QuantConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,16 +43,26 @@ def build_layer(
     group: ProcessGroup | None,
     dtype: torch.dtype,
     head: bool = False,
+    quant_config: QuantConfig | None = None,
 ) -> ParallelLayer:
     """The module of a layer, one rank's share of it.
 
     prefix   its qualified name
     head     a vocabulary layer gives logits instead of taking ids
+    quant_config   chooses the layer's scheme; None = dense
     Raises a LayoutError, with the prefix, where the layer does not divide.
 
     Example: Layer.qkv(96, 16, 6, 2) gives a QKVParallelLinear of 6 q heads and 2 KV heads of 16.
     """
-    built = _module(layer, prefix=prefix, ranks=ranks, group=group, dtype=dtype, head=head)
+    built = _module(
+        layer,
+        prefix=prefix,
+        ranks=ranks,
+        group=group,
+        dtype=dtype,
+        head=head,
+        quant_config=quant_config,
+    )
     assert built.layer == layer, f"{prefix} was built from other sizes than it declares"
     return built
 
@@ -64,6 +75,7 @@ def _module(
     group: ProcessGroup | None,
     dtype: torch.dtype,
     head: bool,
+    quant_config: QuantConfig | None,
 ) -> ParallelLayer:
     inputs, bias, parts = layer.input.size, layer.bias, layer.output.parts
     if layer.kind is Kind.EMBEDDING:
@@ -73,6 +85,7 @@ def _module(
             inputs,
             bias=bias,
             params_dtype=dtype,
+            quant_config=quant_config,
             padding_size=parts[0].pad_to,
             prefix=prefix,
             ranks=ranks,
@@ -87,6 +100,7 @@ def _module(
             k.size // k.unit,
             bias=bias,
             params_dtype=dtype,
+            quant_config=quant_config,
             prefix=prefix,
             v_head_size=v.unit,
             return_bias=False,
@@ -99,6 +113,7 @@ def _module(
             [part.size for part in parts],
             bias=bias,
             params_dtype=dtype,
+            quant_config=quant_config,
             prefix=prefix,
             return_bias=False,
             ranks=ranks,
@@ -114,6 +129,7 @@ def _module(
         layer.output.size,
         bias=bias,
         params_dtype=dtype,
+        quant_config=quant_config,
         prefix=prefix,
         return_bias=False,
         ranks=ranks,
@@ -171,6 +187,7 @@ class Builder:
     group: ProcessGroup | None
     dtype: torch.dtype
     eps: float
+    quant_config: QuantConfig | None = None
 
     def layer(self, kind: type[_L], path: str) -> _L:
         """The layer declared at a path; `kind` is the class that its declaration comes out as."""
@@ -183,6 +200,7 @@ class Builder:
             group=self.group,
             dtype=self.dtype,
             head=issubclass(kind, ParallelLMHead),
+            quant_config=self.quant_config,
         )
         assert isinstance(built, kind), f"{path} is declared as {type(built).__name__}"
         return built

@@ -21,11 +21,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lading import dtypes
-from lading.errors import CallError, LayoutError, PlanError
+from lading.errors import CallError, LadingError, LayoutError, PlanError
 from lading.layers import Layer
 from lading.layouts import Layout
 from lading.models.config import ModelConfig
 from lading.plan import Target
+from lading.schemes.choose import LayerScheme, QuantConfig
+from lading.schemes.targets import layer_targets
 from lading.specs import TensorSpec
 
 __all__ = ["DEFAULT_VOCAB_PADDING", "Declaration", "declare", "targets", "tp_sizes"]
@@ -100,10 +102,17 @@ def _block(config: ModelConfig, hidden: int, head_dim: int) -> list[Entry]:
     ]
 
 
-def targets(declaration: Declaration, tp_size: int, dtype: str) -> tuple[Target, ...]:
+def targets(
+    declaration: Declaration,
+    tp_size: int,
+    dtype: str,
+    quant_config: QuantConfig | None = None,
+) -> tuple[Target, ...]:
     """What a load has to fill on each of `tp_size` ranks, tied parameters once.
 
-    dtype   of every parameter, in the safetensors spelling: "BF16"
+    dtype          of every parameter, in the safetensors spelling: "BF16"; quantised tensors have
+                   their own
+    quant_config   chooses each layer's scheme; None for a dense checkpoint
     Raises a PlanError with a LayoutError for each layer that does not divide; its subject is the
     layer's path.
     """
@@ -114,6 +123,7 @@ def targets(declaration: Declaration, tp_size: int, dtype: str) -> tuple[Target,
     if not isinstance(tp_size, int) or isinstance(tp_size, bool) or tp_size < 1:
         raise CallError(f"tp_size is {tp_size!r}, needs an int of at least 1", subject="targets")
     layouts = _Layouts(tp_size)
+    quantised = _Quantised(quant_config, layouts, dtype)
     aliases: dict[str, tuple[str, ...]] = {}
     for name, kept in declaration.tied:
         aliases[kept] = (*aliases.get(kept, ()), name)
@@ -121,6 +131,10 @@ def targets(declaration: Declaration, tp_size: int, dtype: str) -> tuple[Target,
     found: list[Target] = []
     for path, what in declaration.entries:
         if isinstance(what, Layer):
+            stored = quantised.targets(path, what)
+            if stored is not None:
+                found += stored
+                continue
             named = [(f"{path}.{name}", layout) for name, layout in layouts.of_layer(path, what)]
         else:
             named = [(path, layouts.of_vector(what))]
@@ -139,7 +153,7 @@ class _Layouts:
 
     def __init__(self, tp_size: int) -> None:
         self.tp_size = tp_size
-        self.problems: list[LayoutError] = []
+        self.problems: list[LadingError] = []
         self._layers: dict[Layer, tuple[tuple[str, Layout], ...] | LayoutError] = {}
         self._vectors: dict[Shape, Layout] = {}
 
@@ -169,6 +183,50 @@ class _Layouts:
 
     def _layout(self, layer: Layer, spec: TensorSpec) -> Layout:
         return layer.layout(spec, self.tp_size)
+
+
+class _Quantised:
+    """Targets of quantised layers; layouts of equal layers with equal schemes are built once."""
+
+    def __init__(self, config: QuantConfig | None, layouts: _Layouts, dtype: str) -> None:
+        self._config, self._layouts, self._dtype = config, layouts, dtype
+        self._known: dict[tuple[Layer, TensorSpec, bool], Layout] = {}
+
+    def targets(self, path: str, layer: Layer) -> list[Target] | None:
+        """The targets of a layer, none after a problem; None for a dense layer."""
+        if self._config is None:
+            return None
+        try:
+            scheme = self._config.for_layer(path, layer)
+        except LadingError as error:
+            self._layouts.problems.append(error)
+            return []
+        if scheme is None:
+            return None
+        try:
+            return layer_targets(
+                path,
+                layer,
+                scheme,
+                dtype=self._dtype,
+                layout_of=lambda spec: self._layout(path, layer, spec, scheme),
+            )
+        except LayoutError as error:
+            self._layouts.problems.append(error)
+            return []
+
+    def _layout(
+        self, path: str, layer: Layer, spec: TensorSpec, scheme: LayerScheme
+    ) -> Layout:
+        key = (layer, spec, scheme.fused)
+        if key not in self._known:
+            try:
+                self._known[key] = layer.layout(
+                    spec, self._layouts.tp_size, fused_source=scheme.fused
+                )
+            except LayoutError as error:
+                raise error.located(subject=f"{path}.{spec.name}") from None
+        return self._known[key]
 
 
 def tp_sizes(config: ModelConfig, up_to: int = 64) -> tuple[int, ...]:

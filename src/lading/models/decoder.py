@@ -31,6 +31,7 @@ from lading.nn import (
     VocabParallelEmbedding,
 )
 from lading.ranks import Ranks
+from lading.schemes import QuantConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -174,8 +175,8 @@ class CausalLM(nn.Module):
     group         the process group of the forward pass; the default group by default
     dtype         of the parameters
     pad_vocab_to  as of `declare`
-    Raises a LayoutError, naming the layer, where T does not divide it; a ConfigError for quantised
-    weights. Under `with torch.device("meta")` it is built without memory.
+    quant_config  chooses each layer's scheme; None for a dense checkpoint
+    Raises a LayoutError, naming the layer, where T does not divide it. Under `with torch.device("meta")` it is built without memory.
 
     Example: 32 q heads, 8 KV heads and T = 16: each rank has 2 q heads and 1 KV head, which it
     shares with a neighbour.
@@ -191,13 +192,14 @@ class CausalLM(nn.Module):
         group: ProcessGroup | None = None,
         dtype: torch.dtype,
         pad_vocab_to: int = DEFAULT_VOCAB_PADDING,
+        quant_config: QuantConfig | None = None,
     ) -> None:
         super().__init__()
-        if config.quantization is not None:
+        if config.quantization is not None and quant_config is None:
             method = config.quantization.get("quant_method")
             raise ConfigError(
-                f"is there (quant_method {method!r}), needs to be absent (the decoder computes "
-                "with weights that are not quantised)",
+                f"is there (quant_method {method!r}), needs a quant_config that knows the headers "
+                "(lading.schemes.quant_config_of, as from_pretrained does)",
                 subject="quantization_config",
             )
         self.config = config
@@ -211,6 +213,7 @@ class CausalLM(nn.Module):
             group=group,
             dtype=dtype,
             eps=config.rms_norm_eps,
+            quant_config=quant_config,
         )
         self.model = Decoder(config, builder)
         # A tied head uses the embedding's memory, and so needs none of its own even for a moment.

@@ -76,7 +76,7 @@ class Family:
     @property
     def names(self) -> Names:
         """The naming rules of the family's checkpoints."""
-        return Names(fused=self.fused)
+        return Names.of(self.fused)
 
 
 _TABLE = (

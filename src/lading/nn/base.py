@@ -7,19 +7,25 @@ Letters: T = tp_size, O = output size, I = input size, both over all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from lading import owners, ranks as ranks_module
+from lading import dtypes, owners, ranks as ranks_module, writing
 from lading.errors import DeclarationError, LadingError, NotLoadedError
 from lading.layers import Layer
-from lading.layouts import PartName
+from lading.layouts import Layout, PartName
 from lading.ledger import Ledger
-from lading.parameter import BasevLLMParameter, ModelWeightParameter, _ColumnvLLMParameter
+from lading.nn.stored import KernelFormat, parameter_of
+from lading.parameter import BasevLLMParameter, load_part
+from lading.plan import Target
 from lading.ranks import Ranks
-from lading.specs import Along, TensorSpec
+from lading.schemes import PartView, QuantConfig
+from lading.schemes.targets import layer_targets
+from lading.specs import TensorSpec, dense_specs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,6 +63,7 @@ class ParallelLayer(LoadableModule):
     ranks    this rank's place; `lading.ranks.current()` by default
     group    the process group of the forward pass; the default group by default
     prefix   the layer's qualified name, for messages; also found when the model is named
+    quant_config   a QuantConfig: the layer's stored tensors are then those of its scheme
     Raises a LayoutError where the layer does not divide, with the TP sizes that work.
     """
 
@@ -72,35 +79,137 @@ class ParallelLayer(LoadableModule):
         disable_tp: bool = False,
     ) -> None:
         super().__init__()
-        if quant_config is not None:
+        if quant_config is not None and not isinstance(quant_config, QuantConfig):
             raise DeclarationError(
-                f"quant_config is {type(quant_config).__name__}, needs None (quantised layers are "
-                "not built yet)",
+                f"quant_config is {type(quant_config).__name__}, needs a lading.schemes.QuantConfig",
                 subject=prefix or type(self).__name__,
             )
         self.layer = layer
+        self.quant = quant_config.for_layer(prefix, layer) if quant_config is not None else None
         self.ranks = Ranks() if disable_tp else (ranks or ranks_module.current())
         self.group = group
         self.prefix = prefix
+        self.kernel: KernelFormat | None = None
         self.tp_rank, self.tp_size = self.ranks.tp_rank, self.ranks.tp_size
         self.params_dtype = torch.get_default_dtype() if params_dtype is None else params_dtype
-        for spec in layer.specs():
-            self.register_parameter(spec.name, self._parameter(spec))
+        self._specs: dict[str, TensorSpec] = {}
+        for spec in layer.specs() if self.quant is None else self.quant.specs:
+            if spec.constant is None:
+                self._specs[spec.attribute] = spec
+                self.register_parameter(spec.attribute, self._parameter(spec))
         if not layer.bias:
             self.register_parameter("bias", None)
 
-    def _parameter(self, spec: TensorSpec) -> BasevLLMParameter:
-        name = f"{self.prefix}.{spec.name}" if self.prefix else spec.name
+    def _layout(self, spec: TensorSpec) -> Layout:
+        fused = self.quant is not None and self.quant.fused
         try:
-            layout = self.layer.layout(spec, self.tp_size)
+            return self.layer.layout(spec, self.tp_size, fused_source=fused)
         except LadingError as error:
-            raise error.located(subject=self.prefix or type(self).__name__) from None
-        data = torch.empty(layout.local_shape, dtype=self.params_dtype)
+            name = self.prefix or type(self).__name__
+            if self.quant is not None:
+                name = f"{name}.{spec.name}"
+            raise error.located(subject=name) from None
+
+    def _dtype(self, spec: TensorSpec) -> torch.dtype:
+        stored = self.quant.dtype(spec.name) if self.quant is not None else None
+        return self.params_dtype if stored is None else dtypes.to_torch(stored)
+
+    def _parameter(self, spec: TensorSpec) -> BasevLLMParameter:
+        layout = self._layout(spec)
+        data = torch.empty(layout.local_shape, dtype=self._dtype(spec))
         with ranks_module.as_current(self.ranks):
-            param = _parameter_of(spec, data, self.weight_loader, is_cut=_is_cut(layout.cuts[0].axis.parts))
+            param = parameter_of(spec, layout, data, self.weight_loader)
         param.tp_layout = layout
-        param.qualified_name = name if self.prefix else None
+        param.qualified_name = f"{self.prefix}.{spec.attribute}" if self.prefix else None
+        param.stored_leaf = spec.name if spec.attribute != spec.name else ""
+        param.stored_shape = spec.stored
         return param
+
+    def expected_targets(self, prefix: str) -> list[Target]:
+        """The stored tensors of the layer that are compared with constants, and not kept.
+
+        prefix   the layer's qualified name
+        """
+        if self.quant is None:
+            return []
+        found = layer_targets(
+            prefix,
+            self.layer,
+            self.quant,
+            dtype=dtypes.from_torch(self.params_dtype),
+            layout_of=self._layout,
+        )
+        return [target for target in found if target.expected is not None]
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """float32 [O, I], this rank's weight decoded; a dense one is widened."""
+        if self.quant is None:
+            return self._parameters["weight"].detach().float()  # type: ignore[union-attr]
+        parts = [self.dequantized_part(part.name) for part in self.layer.output.parts]
+        weight = torch.cat(parts)
+        rows = self.layer.output.local_size(self.tp_size)
+        return F.pad(weight, (0, 0, 0, rows - len(weight)))  # a padded vocabulary
+
+    def dequantized_part(self, part: PartName) -> torch.Tensor:
+        """float32 [O, I] of one part, without padding, decoded from this rank's own entries."""
+        dense = self.layer.layout(dense_specs(bias=False)[0], self.tp_size)
+        place = dense.place(part, self.tp_rank)
+        if place is None:
+            return torch.empty(0, dense.local_shape[1], device=next(self.parameters()).device)
+        if self.quant is None:
+            weight = self._parameters["weight"]
+            assert weight is not None, "a dense layer has a weight"
+            return writing.view_of(weight.detach(), place.target).float()
+        tensors, offsets = {}, {}
+        for name, spec in self._specs.items():
+            param = self._parameters[name]
+            assert isinstance(param, BasevLLMParameter), "specs make our parameters"
+            tensors[spec.name], found = _part_of(param, spec, part, self.tp_rank)
+            offsets.update({(spec.name, dim): offset for dim, offset in found.items()})
+        view = PartView(
+            outputs=place.source.size[0],
+            inputs=place.source.size[1],
+            first_output=place.source.start[0],
+            first_input=place.source.start[1],
+            offsets=offsets,
+        )
+        return self.quant.scheme.dequantize(tensors, view)
+
+    def process_weights_after_loading(self, kernel: KernelFormat | None = None) -> None:
+        """Where an engine puts its kernel's own weights: `kernel.pack(layer)`, once loaded.
+
+        Raises a NotLoadedError where elements were never loaded. Without a kernel the weights stay
+        as they are stored, and each forward pass decodes them.
+        """
+        self.require_loaded()
+        if kernel is not None:
+            kernel.pack(self)
+            self.kernel = kernel
+
+    def restore_weights(self) -> None:
+        """The stored weights again, by the kernel's declared inverse, for updates and export.
+
+        Raises a DeclarationError where the kernel declares none.
+        """
+        kernel, self.kernel = self.kernel, None
+        if kernel is None:
+            return
+        if kernel.unpack is None:
+            self.kernel = kernel
+            raise DeclarationError(
+                f"{type(kernel).__name__} declares no inverse, needs a new load to get the stored "
+                "weights back",
+                subject=self.prefix or type(self).__name__,
+            )
+        kernel.unpack(self)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x @ weight.T + bias with this rank's weight, decoded or by the engine's kernel."""
+        if self.kernel is not None:
+            return self.kernel.apply(self, x, bias)
+        if self.quant is None:
+            return F.linear(x, self._parameters["weight"], bias)  # type: ignore[arg-type]
+        return F.linear(x, self.dequantized_weight().to(x.dtype), bias)
 
     def weight_loader(
         self,
@@ -108,8 +217,36 @@ class ParallelLayer(LoadableModule):
         loaded_weight: torch.Tensor,
         loaded_shard_id: PartName = None,
     ) -> None:
-        """Loads a full checkpoint tensor: one part, or all parts where it is fused on disk."""
-        raise DeclarationError("has no loader of its own", subject=type(self).__name__)
+        """Loads a full checkpoint tensor: one part, or all parts where it is fused on disk.
+
+        loaded_shard_id   the part: 'q', 'k', 'v', or 0, 1, ... in a merged layer; None for a tensor
+                          that holds all parts, or for a layer of one
+        Padding rows become zero. Raises what the parameter's own load calls raise.
+        """
+        layout = param.tp_layout
+        names = layout.part_names if layout is not None else (None,)
+        if loaded_shard_id is not None and len(names) == 1 and len(self.layer.output.parts) > 1:
+            loaded_shard_id = None  # the same tensor for every part: a replicated one
+        loaded_weight = self._viewed(param, loaded_weight, loaded_shard_id)
+        if loaded_shard_id is not None or len(names) == 1:
+            load_part(param, loaded_weight, part=loaded_shard_id, ranks=self.ranks)
+            return
+        for name in names:
+            load_part(param, loaded_weight, part=name, ranks=self.ranks, fused_source=True)
+
+    def _viewed(
+        self, param: BasevLLMParameter, loaded: torch.Tensor, part: PartName
+    ) -> torch.Tensor:
+        """The tensor in the view that the layout counts in, where the file has another."""
+        layout = param.tp_layout
+        if param.stored_shape is None or layout is None:
+            return loaded
+        name = part if layout.fused_dim is not None else None
+        fused = name is None and layout.fused_dim is not None
+        needed = layout.fused_shape if fused else layout.source_shape(name)
+        if loaded.numel() != prod(needed):
+            return loaded  # the load says what is wrong
+        return loaded.reshape(needed)
 
     def extra_repr(self) -> str:
         """Full sizes, rank, bias."""
@@ -125,20 +262,24 @@ def like(old: BasevLLMParameter, data: torch.Tensor) -> BasevLLMParameter:
     return new
 
 
-def _is_cut(parts: tuple[Any, ...]) -> bool:
-    return any(part.max_pieces != 1 for part in parts)
-
-
-def _parameter_of(
-    spec: TensorSpec, data: torch.Tensor, loader: Callable[..., Any], *, is_cut: bool
-) -> BasevLLMParameter:
-    """The class that says what the tensor's dims are; a vector along whole outputs is a plain one."""
-    along = [dim.along for dim in spec.dims]
-    if along == [Along.OUTPUT, Along.INPUT]:
-        return ModelWeightParameter(data=data, output_dim=0, input_dim=1, weight_loader=loader)
-    if is_cut:
-        return _ColumnvLLMParameter(data=data, output_dim=0, weight_loader=loader)
-    return BasevLLMParameter(data=data, weight_loader=loader)
+def _part_of(
+    param: BasevLLMParameter, spec: TensorSpec, part: PartName, tp_rank: int
+) -> tuple[torch.Tensor, dict[int, int]]:
+    """One part of a parameter, with its dims as the scheme declared them, and straddling offsets."""
+    layout = param.tp_layout
+    assert layout is not None, "parameters of layers have layouts"
+    name = part if layout.fused_dim is not None else None
+    place = layout.place(name, tp_rank, fused_source=layout.fused_source)
+    assert place is not None, "a part that is kept has scales"
+    tensor = writing.view_of(param.detach(), place.target)
+    offsets = {
+        dim: layout.offset(name, tp_rank, dim)
+        for dim, cut in enumerate(layout.cuts)
+        if cut.straddle
+    }
+    if spec.per_part:
+        return tensor.squeeze(0), {dim - 1: offset for dim, offset in offsets.items()}
+    return tensor, offsets
 
 
 def _require_complete(param: BasevLLMParameter) -> None:

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from lading import ranks as ranks_module
 from lading.errors import CallError, DeclarationError
 from lading.layers import Layer
-from lading.layouts import PartName
 from lading.nn.base import ParallelLayer
-from lading.parameter import BasevLLMParameter, load_part
+from lading.parameter import BasevLLMParameter
 from lading.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ DEFAULT_VOCAB_PADDING_SIZE = 64
 class VocabParallelEmbedding(ParallelLayer):
     """Token ids [...] -> [..., H], rows of the table cut over the ranks.
 
-    num_embeddings       V, with the rows that an engine adds (LoRA); 
+    num_embeddings       V
     org_num_embeddings   V of the checkpoint, num_embeddings by default
     padding_size         the declared multiple of the padding
     """
@@ -75,15 +74,6 @@ class VocabParallelEmbedding(ParallelLayer):
         self.embedding_dim, self.padding_size = embedding_dim, padding_size
         self.num_embeddings_padded = num_embeddings + rows.padding(self.tp_size)
         self.num_embeddings_per_partition = self.num_embeddings_padded // self.tp_size
-
-    def weight_loader(
-        self,
-        param: BasevLLMParameter,
-        loaded_weight: torch.Tensor,
-        loaded_shard_id: PartName = None,
-    ) -> None:
-        """This rank's rows of a full [V, H] table; padding rows become zero."""
-        load_part(param, loaded_weight, ranks=self.ranks)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The rows of the given ids, summed over the ranks (each row is on one)."""
@@ -155,6 +145,6 @@ class ParallelLMHead(VocabParallelEmbedding):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits over the whole vocabulary."""
         self.require_loaded()
-        logits = F.linear(hidden_states, self.weight, self.bias)
+        logits = self.product(hidden_states, self.bias)
         whole = ranks_module.all_gather(logits, self.ranks, self.group)
         return whole[..., : self.num_embeddings]

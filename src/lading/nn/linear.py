@@ -20,21 +20,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from lading import ranks as ranks_module
-from lading.errors import CallError, DeclarationError
+from lading.errors import DeclarationError
 from lading.layers import Layer
-from lading.layouts import PartName
 from lading.nn.base import ParallelLayer
-from lading.parameter import (
-    BasevLLMParameter,
-    PackedColumnParameter,
-    PackedvLLMParameter,
-    PerTensorScaleParameter,
-    RowvLLMParameter,
-    _ColumnvLLMParameter,
-)
+from lading.parameter import BasevLLMParameter
 from lading.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -126,20 +117,10 @@ class ReplicatedLinear(_ParallelLinear):
             group=group,
         )
 
-    def weight_loader(
-        self,
-        param: BasevLLMParameter,
-        loaded_weight: torch.Tensor,
-        loaded_shard_id: PartName = None,
-    ) -> None:
-        """Takes the tensor whole."""
-        with ranks_module.as_current(Ranks()):
-            param.load_column_parallel_weight(loaded_weight, use_presharded_weights=True)
-
     def forward(self, x: torch.Tensor) -> LinearOutput:
         """x @ weight.T + bias."""
         self.require_loaded()
-        return self._result(F.linear(x, self.weight, self._own_bias()))
+        return self._result(self.product(x, self._own_bias()))
 
 
 class ColumnParallelLinear(_ParallelLinear):
@@ -186,68 +167,10 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         self.gather_output = gather_output
 
-    def weight_loader(
-        self,
-        param: BasevLLMParameter,
-        loaded_weight: torch.Tensor,
-        loaded_shard_id: PartName = None,
-    ) -> None:
-        """This rank's piece of a full tensor, or of each part of it."""
-        with ranks_module.as_current(self.ranks):
-            if len(self.layer.output.parts) == 1 and loaded_shard_id is None:
-                param.load_column_parallel_weight(loaded_weight)
-            elif loaded_shard_id is not None:
-                self._load_part(param, loaded_weight, loaded_shard_id)
-            elif type(param) in (BasevLLMParameter, RowvLLMParameter):
-                param.load_merged_column_weight(loaded_weight)
-            elif isinstance(param, PerTensorScaleParameter):
-                # One scalar on disk for all parts: each part's slot gets it, none stays unwritten.
-                for part in self.layer.output.parts:
-                    self._load_part(param, loaded_weight, part.name)
-            else:
-                self._load_fused(param, loaded_weight)
-
-    def _load_fused(self, param: BasevLLMParameter, loaded_weight: torch.Tensor) -> None:
-        """A tensor that holds all parts: cut here, then one call for each part."""
-        dim = param.output_dim if isinstance(param, _ColumnvLLMParameter) else 0
-        full_sizes = [part.size for part in self.layer.output.parts]
-        sizes = [(size, sum(full_sizes[:i])) for i, size in enumerate(full_sizes)]
-        if isinstance(param, PackedColumnParameter | PackedvLLMParameter) and param.packed_dim == dim:
-            sizes = [param.adjust_shard_indexes_for_packing(size, at) for size, at in sizes]
-        full = sum(size for size, _ in sizes)
-        found = loaded_weight.shape[dim] if dim < loaded_weight.dim() else None
-        if found != full:
-            names = " + ".join(str(size) for size, _ in sizes)
-            raise CallError(
-                f"fused tensor of shape {list(loaded_weight.shape)}, needs {full} entries along "
-                f"dim {dim} ({names})",
-                subject=param.qualified_name or self.prefix or type(self).__name__,
-            )
-        for part, (size, at) in zip(self.layer.output.parts, sizes, strict=True):
-            self._load_part(param, loaded_weight.narrow(dim, at, size), part.name)
-
-    def _load_part(self, param: BasevLLMParameter, loaded_weight: torch.Tensor, part: PartName) -> None:
-        index = self._part_index(param, part)
-        param.load_merged_column_weight(
-            loaded_weight,
-            shard_id=part,
-            shard_offset=sum(self.output_partition_sizes[:index]),
-            shard_size=self.output_partition_sizes[index],
-        )
-
-    def _part_index(self, param: BasevLLMParameter, part: PartName) -> int:
-        names = [p.name for p in self.layer.output.parts]
-        if part not in names or isinstance(part, bool):
-            raise CallError(
-                f"shard id is {part!r}, needs one of {', '.join(map(repr, names))}",
-                subject=param.qualified_name or self.prefix or type(self).__name__,
-            )
-        return names.index(part)
-
     def forward(self, x: torch.Tensor) -> LinearOutput:
         """x @ weight.T + bias, this rank's outputs or, gathered, all of them."""
         self.require_loaded()
-        output = F.linear(x, self.weight, self._own_bias())
+        output = self.product(x, self._own_bias())
         return self._result(self._gathered(output) if self.gather_output else output)
 
     def _gathered(self, output: torch.Tensor) -> torch.Tensor:
@@ -255,7 +178,10 @@ class ColumnParallelLinear(_ParallelLinear):
         whole = ranks_module.all_gather(output, self.ranks, self.group)
         if len(self.output_partition_sizes) == 1 or self.tp_size == 1:
             return whole
-        by_rank = [c.split(self.output_partition_sizes, dim=-1) for c in whole.chunk(self.tp_size, dim=-1)]
+        by_rank = [
+            torch.split(chunk, self.output_partition_sizes, dim=-1)
+            for chunk in whole.chunk(self.tp_size, dim=-1)
+        ]
         return torch.cat([piece for part in zip(*by_rank, strict=True) for piece in part], dim=-1)
 
 
@@ -357,16 +283,6 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.num_kv_heads = max(1, kv_heads // self.tp_size)
         self.num_kv_head_replicas = max(1, self.tp_size // kv_heads)
 
-    def _load_part(self, param: BasevLLMParameter, loaded_weight: torch.Tensor, part: PartName) -> None:
-        index = self._part_index(param, part)
-        param.load_qkv_weight(
-            loaded_weight,
-            shard_id=part,
-            shard_offset=sum(self.output_partition_sizes[:index]),
-            shard_size=self.output_partition_sizes[index],
-            num_heads=self.num_kv_head_replicas,
-        )
-
 
 class RowParallelLinear(_ParallelLinear):
     """[N, I/T] -> [N, O]: columns of the weight cut over the ranks, products summed.
@@ -412,22 +328,12 @@ class RowParallelLinear(_ParallelLinear):
         )
         self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
 
-    def weight_loader(
-        self,
-        param: BasevLLMParameter,
-        loaded_weight: torch.Tensor,
-        loaded_shard_id: PartName = None,
-    ) -> None:
-        """This rank's columns of a full tensor; a bias is taken whole."""
-        with ranks_module.as_current(self.ranks):
-            param.load_row_parallel_weight(loaded_weight)
-
     def forward(self, x: torch.Tensor) -> LinearOutput:
         """x @ weight.T, summed over the ranks, + bias."""
         self.require_loaded()
         if not self.input_is_parallel and self.tp_size > 1:
             x = x.chunk(self.tp_size, dim=-1)[self.tp_rank].contiguous()
-        output = F.linear(x, self.weight, self._own_bias() if self.tp_rank == 0 else None)
+        output = self.product(x, self._own_bias() if self.tp_rank == 0 else None)
         if self.reduce_results:
             output = ranks_module.all_reduce(output, self.ranks, self.group)
         return self._result(output)

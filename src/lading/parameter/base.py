@@ -116,6 +116,10 @@ class BasevLLMParameter(Parameter):
     tp_size: int
     qualified_name: str | None
     tp_layout: Layout | None
+    stored_leaf: str = ""
+    """What follows the module's name in the checkpoint, where that is not the parameter's own."""
+    stored_shape: tuple[int, ...] | None = None
+    """The checkpoint tensor's shape, where it is another view of the layout's elements."""
     _stamp: tuple[int, int, bool]
     _overwritten: frozenset[str]
 

@@ -25,19 +25,21 @@ MODEL_DTYPES = ("BF16", "F16", "F32")
 
 
 def is_dense(found: Found) -> bool:
-    """Whether the module is as a model without quantisation stores it: weight, perhaps bias."""
+    """Whether the module is as a model without quantisation stores it: a weight in a model's dtype,
+    and nothing that describes it.
+    """
     weight = found.tensors.get("weight")
     return (
         weight is not None
         and weight.dtype in (*MODEL_DTYPES, "F64")
-        and not set(found.tensors) - {"weight", "bias"}
+        and not any(name.startswith(("weight_", "weight.")) for name in found.tensors)
     )
 
 
 def expected_shape(spec: TensorSpec, found: Found) -> tuple[int, ...] | None:
-    """The shape that the file needs; None where the module's sizes are no whole entries."""
-    if spec.stored is not None and -1 not in spec.stored:
-        return spec.stored
+    """The shape that the file needs; None where only the layout can say what is wrong with it."""
+    if spec.stored is not None:
+        return None if -1 in spec.stored else spec.stored
     sizes = [_entries(dim, found) for dim in spec.dims]
     return None if None in sizes else tuple(size for size in sizes if size is not None)
 
@@ -45,11 +47,16 @@ def expected_shape(spec: TensorSpec, found: Found) -> tuple[int, ...] | None:
 def check(specs: Sequence[TensorSpec], found: Found, declared: str) -> None:
     """Raises where the headers contradict the specs: a tensor more, one less, shape or dtype.
 
-    declared   what the config says of the module, for messages: "int4 in groups of 64"
+    Tensors of other business (bias, scales of a KV cache) are left to whoever plans the load.
+    declared   what the config says of the module, for messages: "int4 packed, groups of 64"
     """
-    names = {spec.name for spec in specs} | {"bias"}
+    names = {spec.name for spec in specs}
     missing = [spec.name for spec in specs if spec.name not in found.tensors]
-    surplus = [name for name in found.tensors if name not in names]
+    surplus = [
+        name
+        for name in found.tensors
+        if name not in names and name.startswith(("weight", "input_"))
+    ]
     if missing or surplus:
         words = [f"no {name}" for name in missing]
         words += [f"{name} {spelt(found.tensors[name])}" for name in surplus]
@@ -57,7 +64,7 @@ def check(specs: Sequence[TensorSpec], found: Found, declared: str) -> None:
     for spec in specs:
         stored = found.tensors[spec.name]
         shape = expected_shape(spec, found)
-        if spec.stored is None and shape is not None and stored.shape != shape:
+        if shape is not None and stored.shape != shape:
             raise _located(
                 ShapeError(
                     f"checkpoint tensor '{found.module}.{spec.name}' is {spelt(stored)}, needs "

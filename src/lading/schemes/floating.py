@@ -257,4 +257,5 @@ def _fp4(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     from lading.schemes.bits import e2m1, low_nibbles_first
 
     values = e2m1(low_nibbles_first(packed))
-    return (values.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+    groups = values.reshape(*scale.shape, -1)
+    return (groups * scale.unsqueeze(-1)).flatten(1)

@@ -196,7 +196,7 @@ class PlainInt(Scheme):
             dims=(Dim(along=Along.OUTPUT), Dim(along=Along.INPUT)),
             dtypes=("I8",),
         )
-        pairs = [("weight_scale", FLOATS)]
+        pairs: list[tuple[str, tuple[str, ...]]] = [("weight_scale", FLOATS)]
         if not self.symmetric:
             pairs.append(("weight_zero_point", ("I8",)))
         scales = (

@@ -16,9 +16,10 @@ import torch
 
 from lading import dtypes, writing
 from lading.checkpoint import Reader, Source
-from lading.errors import ConflictError, LadingError
-from lading.plan import Plan, Share, Tie
+from lading.errors import CheckpointError, ConflictError, LadingError
+from lading.plan import Check, Plan, Share, Tie
 from lading.regions import Copy, Region, reordered
+from lading.specs import Constant
 
 __all__ = ["DEFAULT_STAGING_BYTES", "HostTransport", "Moved"]
 
@@ -66,6 +67,8 @@ class HostTransport:
         self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
     ) -> Moved:
         """Fills the tensors, by target name. `advance` is told kept bytes as they arrive."""
+        for check in plan.checks():
+            self._check(plan.sources[check.source], check)
         for tie in plan.ties:
             self._compare(plan, share, tie)
         for fill in share.fills:
@@ -134,6 +137,23 @@ class HostTransport:
             self._staging = torch.empty(max(num_bytes, self.staging_bytes), dtype=torch.uint8)
         return self._staging
 
+    def _check(self, source: Source, check: Check) -> None:
+        """Raises a ShapeError or CheckpointError where a constant is not what it has to be."""
+        dtype, size = dtypes.to_torch(source.dtype), _element_bytes(source)
+        whole = Region.whole((source.num_bytes // size,))
+        for region in _blocks(whole, self.staging_bytes // size):
+            found = self._block(source, region, dtype)
+            needed = _needed_values(check, region.start[0], region.size[0]).to(found.dtype)
+            wrong = torch.nonzero(found != needed)
+            if len(wrong):
+                at = int(wrong[0])
+                raise CheckpointError(
+                    f"checkpoint tensor {source.name!r} has {found[at].item()} at "
+                    f"{region.start[0] + at}, needs {needed[at].item()} ({_REASONS[check.constant]})",
+                    subject=check.target,
+                    file=source.file,
+                )
+
     def _compare(self, plan: Plan, share: Share, tie: Tie) -> None:
         """Raises a ConflictError where a tied parameter's two tensors differ in this rank's share."""
         one, two = plan.sources[tie.source], plan.sources[tie.twin]
@@ -152,13 +172,29 @@ class HostTransport:
                     )
 
 
+_REASONS = {
+    Constant.SHAPE: "the sizes of the declared layer",
+    Constant.GROUP_INDEX: "groups in order, as the config declares",
+    Constant.ZERO: "the model declares no such tensor, so it may only be zero",
+}
+
+
+def _needed_values(check: Check, start: int, size: int) -> torch.Tensor:
+    """The values of a constant from element `start` on."""
+    if check.constant is Constant.SHAPE:
+        return torch.tensor(check.numbers)[start : start + size]
+    if check.constant is Constant.GROUP_INDEX:
+        return torch.arange(start, start + size) // check.numbers[1]
+    return torch.zeros(size)
+
+
 def _position(source: Source, copy: Copy) -> tuple[str, int]:
     return source.file, source.offset_bytes + copy.source_region.runs().first * _element_bytes(source)
 
 
 def _element_bytes(source: Source) -> int:
     """Bytes of one stored element; one for F4, of which two share a byte."""
-    return max(dtypes.BITS[source.dtype] // 8, 1)
+    return dtypes.storage_bytes(source.dtype)
 
 
 def _strides(region: Region) -> tuple[int, ...]:

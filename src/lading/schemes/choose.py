@@ -1,0 +1,262 @@
+"""Which scheme each layer of a checkpoint has: the one table from `quant_method` to a parser.
+
+`quantization_of` finds what a checkpoint declares; `QuantConfig` joins it with the headers. It is what
+layers take as `quant_config`, as in the field: `for_layer(prefix, layer)` gives a layer's scheme and
+its stored tensors, or None where the layer is dense.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lading import dtypes
+from lading.checkpoint import Checkpoint, Source, read_json
+from lading.checkpoint.files import file_size
+from lading.errors import ConfigError, DtypeError, LadingError
+from lading.layers import Layer
+from lading.names import Names
+from lading.schemes.base import Found, Quantization, Scheme, Stored
+from lading.specs import Along, Constant, Dim, TensorSpec, bias_spec
+
+__all__ = ["METHODS", "LayerScheme", "QuantConfig", "quant_config_of", "quantization_of"]
+
+METHODS: Mapping[str, tuple[str, str]] = {
+    "auto-round": ("gptq", "parse_auto_round"),
+    "awq": ("awq", "parse_awq"),
+    "bitsandbytes": ("bitsandbytes", "parse_bitsandbytes"),
+    "compressed-tensors": ("compressed_tensors", "parse_compressed_tensors"),
+    "fp8": ("fp8", "parse_fp8"),
+    "gptq": ("gptq", "parse_gptq"),
+    "hqq": ("hqq", "parse_hqq"),
+    "modelopt": ("modelopt", "parse_modelopt"),
+}
+"""quant_method → (module of this package, its parser)."""
+
+_ALIASES = {"modelopt_fp4": "modelopt", "intel/auto-round": "auto-round", "awq_marlin": "awq"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerScheme:
+    """How one layer is stored.
+
+    scheme   its scheme
+    specs    its stored tensors with the bias; in a fused layer a tensor that follows neither outputs
+             nor parts has one entry for each part
+    dtypes   of each tensor in the file, where the format leaves a choice; by tensor name
+    fused    the file holds all parts side by side
+    """
+
+    scheme: Scheme
+    specs: tuple[TensorSpec, ...]
+    dtypes: tuple[tuple[str, str], ...]
+    fused: bool
+
+    def dtype(self, name: str) -> str | None:
+        """The stored dtype of a tensor, None where the model's counts."""
+        return dict(self.dtypes).get(name)
+
+
+class QuantConfig:
+    """A checkpoint's quantisation and its headers: chooses the scheme of each layer.
+
+    quantization   what the config declares
+    sources        the checkpoint's tensors
+    names          naming rules, for the parts of fused layers
+    """
+
+    def __init__(
+        self, quantization: Quantization, sources: Mapping[str, Source], names: Names
+    ) -> None:
+        self.quantization, self.sources, self.names = quantization, sources, names
+        self._sorted = sorted(sources)
+        self._known: dict[tuple[str, Layer], LayerScheme | None] = {}
+
+    def for_layer(self, prefix: str, layer: Layer) -> LayerScheme | None:
+        """The scheme of the layer of this name, None where it is dense.
+
+        Raises a LadingError where config and headers contradict each other, or parts differ.
+        """
+        key = (prefix, layer)
+        if key not in self._known:
+            try:
+                self._known[key] = self._choose(prefix, layer)
+            except LadingError as error:
+                raise error.located(subject=prefix) from None
+        return self._known[key]
+
+    def _choose(self, prefix: str, layer: Layer) -> LayerScheme | None:
+        found = self._found(prefix, layer)
+        if not found:
+            return None  # nothing of it is in the file: the plan says what is missing
+        schemes = {one.module: self.quantization.scheme_for(layer, one) for one in found}
+        first, scheme = next(iter(schemes.items()))
+        for module, other in schemes.items():
+            if other != scheme:
+                raise ConfigError(
+                    f"{first!r} is {_named(scheme)} and {module!r} is {_named(other)}, needs one "
+                    "scheme (the two are parts of one layer)"
+                )
+        if scheme is None:
+            return None
+        specs = [_per_part(spec, layer, found[0]) for spec in scheme.specs(layer, found[0])]
+        specs += self._biases(layer, found)
+        stored = tuple(self._dtypes(specs, found))
+        return LayerScheme(
+            scheme=scheme, specs=tuple(specs), dtypes=stored, fused=found[0].fused
+        )
+
+    def _found(self, prefix: str, layer: Layer) -> list[Found]:
+        """What is stored of the layer: one module, or one for each part."""
+        whole = self.names.whole(f"{prefix}.").removesuffix(".")
+        parts = layer.output.parts
+        modules: list[tuple[str, int, bool]] = [(whole, layer.output.size, len(parts) > 1)]
+        if len(parts) > 1 and not self._tensors(whole):
+            stored = self.names.parts(f"{prefix}.weight", len(parts)) or ()
+            modules = [
+                (name.removesuffix(".weight"), part.size, False)
+                for name, part in zip(stored, parts, strict=True)
+            ]
+        found = []
+        for module, outputs, fused in modules:
+            tensors = self._tensors(module)
+            if tensors:
+                found.append(
+                    Found(
+                        module=module,
+                        tensors=tensors,
+                        outputs=outputs,
+                        inputs=layer.input.size,
+                        fused=fused,
+                    )
+                )
+        return found
+
+    def _tensors(self, module: str) -> dict[str, Stored]:
+        start = f"{module}."
+        at = bisect_left(self._sorted, start)
+        tensors = {}
+        while at < len(self._sorted) and self._sorted[at].startswith(start):
+            source = self.sources[self._sorted[at]]
+            tensors[source.name.removeprefix(start)] = Stored(
+                dtype=source.dtype, shape=source.shape, file=source.file
+            )
+            at += 1
+        return tensors
+
+    def _biases(self, layer: Layer, found: list[Found]) -> list[TensorSpec]:
+        if layer.bias:
+            return [bias_spec()]
+        if not any("bias" in one.tensors for one in found):
+            return []
+        # Older GPTQ tools write a bias of zeros for every layer: dropped if it is one, refused if not.
+        return [replace(bias_spec(), dtypes=("F16", "BF16", "F32"), constant=Constant.ZERO)]
+
+    def _dtypes(self, specs: list[TensorSpec], found: list[Found]) -> list[tuple[str, str]]:
+        """The file's dtype of each tensor of which the format leaves a choice."""
+        chosen = []
+        for spec in specs:
+            if not spec.dtypes:
+                continue
+            stored = {one.module: one.tensors[spec.name] for one in found if spec.name in one.tensors}
+            for module, tensor in stored.items():
+                if tensor.dtype not in spec.dtypes:
+                    allowed = " or ".join(dtypes.printed(code) for code in spec.dtypes)
+                    raise DtypeError(
+                        f"checkpoint tensor {module + '.' + spec.name!r} is "
+                        f"{dtypes.spell(tensor.dtype, tensor.shape)}, needs {allowed}",
+                        file=tensor.file or None,
+                    )
+            kinds = {tensor.dtype for tensor in stored.values()}
+            if len(kinds) > 1:
+                listed = ", ".join(f"{m}: {dtypes.printed(t.dtype)}" for m, t in stored.items())
+                raise DtypeError(f"{spec.name!r} has several dtypes ({listed}), needs one")
+            chosen.append((spec.name, kinds.pop() if kinds else spec.dtypes[0]))
+        return chosen
+
+
+def _named(scheme: Scheme | None) -> str:
+    return "dense" if scheme is None else scheme.name
+
+
+def _per_part(spec: TensorSpec, layer: Layer, found: Found) -> TensorSpec:
+    """In a fused layer, one entry for each part of a tensor that follows neither outputs nor parts."""
+    along = {dim.along for dim in spec.dims}
+    if len(layer.output.parts) == 1 or along & {Along.OUTPUT, Along.PARTS}:
+        return spec
+    shape = found.tensors[spec.name].shape if spec.name in found.tensors else spec.stored
+    dims = (Dim(along=Along.PARTS), *spec.dims)
+    return replace(spec, dims=dims, stored=shape, per_part=True)
+
+
+def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """What a checkpoint declares, None for a dense one.
+
+    Looked for in this order: `quantization_config` (or `compression_config`) of config.json,
+    hf_quant_config.json, quantize_config.json, tensors that only HQQ writes. Raises a ConfigError for
+    an unknown method.
+    """
+    config = checkpoint.config or {}
+    raw = config.get("quantization_config") or config.get("compression_config")
+    file = "config.json"
+    if raw is None:
+        raw, file = _beside(Path(checkpoint.folder))
+    if raw is None:
+        hqq = import_module("lading.schemes.hqq")
+        found: Quantization | None = hqq.hqq_from_evidence(checkpoint.tensors)
+        return found
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"is {raw!r}, needs an object", subject="quantization_config", file=file)
+    method = raw.get("quant_method")
+    if method is None and "quant_algo" in raw:
+        method = "modelopt"
+    if method == "mxfp4":
+        raise ConfigError(
+            "quant_method is 'mxfp4' (gpt-oss), whose expert layers are not built yet; single tensors "
+            "decode with lading.schemes.mxfp4",
+            subject="quantization_config",
+            file=file,
+        )
+    name = _ALIASES.get(str(method).lower(), str(method).lower())
+    if name not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise ConfigError(
+            f"quant_method is {method!r}, needs one of: {known}",
+            subject="quantization_config",
+            file=file,
+        )
+    module, parser = METHODS[name]
+    parse = vars(import_module(f"lading.schemes.{module}"))[parser]
+    try:
+        quantization: Quantization = parse(raw)
+    except LadingError as error:
+        raise error.located(subject="quantization_config", file=file) from None
+    return quantization
+
+
+def _beside(folder: Path) -> tuple[Any, str]:
+    """The quantisation that older tools and ModelOpt write into a file of its own."""
+    name = "hf_quant_config.json"
+    if file_size(folder / name) is not None:
+        raw = read_json(folder / name)
+        inner = raw.get("quantization") if isinstance(raw, Mapping) else None
+        if isinstance(inner, Mapping):
+            return {"quant_method": "modelopt", **inner}, name
+    name = "quantize_config.json"
+    if file_size(folder / name) is not None:
+        raw = read_json(folder / name)
+        if isinstance(raw, Mapping):
+            return {"quant_method": "gptq", **raw}, name
+    return None, name
+
+
+def quant_config_of(checkpoint: Checkpoint, names: Names) -> QuantConfig | None:
+    """What layers of a model take as `quant_config`, None for a dense checkpoint."""
+    quantization = quantization_of(checkpoint)
+    if quantization is None:
+        return None
+    return QuantConfig(quantization, checkpoint.tensors, names)

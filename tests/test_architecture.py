@@ -1,0 +1,279 @@
+"""What the design forbids, read from the sources: imports upwards, and acts outside of their place."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SRC = TESTS.parent / "src" / "lading"
+
+ROOMS = """
+    errors dtypes regions ranks layouts specs layers names checkpoint proof plan plan_json
+    writing owners ledger parameter schemes nn transport models loading pretrained export update
+    engines progress launch verify report draw demo cli __main__
+""".split()
+"""From the top down: a file imports only from rooms above its own, and from its own."""
+
+WITHOUT_TORCH = [
+    "errors",
+    "dtypes",
+    "regions",
+    "ranks",
+    "layouts",
+    "specs",
+    "layers",
+    "names",
+    "checkpoint",
+    "checkpoint.header",
+    "proof",
+    "plan",
+    "plan_json",
+    "report",
+]
+
+UNTESTED = {
+    "__main__": "one line, run by the tests of the CLI",
+}
+"""Files of src without a test file of their own name, and why. `__init__` files need none."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A source file: its dotted name below `lading`, and its syntax tree."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def read(path: Path) -> File:
+    name = ".".join(path.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
+    return File(name, path, ast.parse(path.read_text(encoding="utf-8")))
+
+
+FILES = [read(path) for path in sorted(SRC.rglob("*.py"))]
+ROOM_FILES = [file for file in FILES if file.name != "__init__"]
+
+
+def imports(file: File) -> Iterator[tuple[int, str]]:
+    """The line and the full name of whatever a file imports, wherever it does so."""
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file.name}:{node.lineno} imports by a relative name"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def dotted(node: ast.AST) -> str:
+    """`os.open` for the node that says it, and `.open` where what is before the dot is no name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+def calls(file: File) -> Iterator[tuple[ast.Call, str]]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Call):
+            yield node, dotted(node.func)
+
+
+def test_every_file_is_in_a_room() -> None:
+    assert {file.room for file in ROOM_FILES} <= set(ROOMS)
+    assert len(set(ROOMS)) == len(ROOMS)
+
+
+@pytest.mark.parametrize("file", ROOM_FILES, ids=lambda file: file.name)
+def test_imports_from_rooms_above(file: File) -> None:
+    above = {*ROOMS[: ROOMS.index(file.room) + 1], "__version__"}
+    wrong = [
+        f"{file.path.name}:{line} imports {name}"
+        for line, name in imports(file)
+        if name.split(".")[0] == "lading" and name.split(".")[1] not in above
+    ]
+    assert wrong == []
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """What may be done in these files only."""
+
+    id: str
+    places: tuple[str, ...]
+    found: Callable[[File], Iterator[int]]
+
+
+def called(*names: str) -> Callable[[File], Iterator[int]]:
+    """Calls of these functions; a name that starts with a dot is a method of anything."""
+
+    def find(file: File) -> Iterator[int]:
+        for call, name in calls(file):
+            if any(name.endswith(n) if n.startswith(".") else name == n for n in names):
+                yield call.lineno
+
+    return find
+
+
+def imported(*names: str) -> Callable[[File], Iterator[int]]:
+    def find(file: File) -> Iterator[int]:
+        for line, name in imports(file):
+            if any(name == n or name.startswith(f"{n}.") for n in names):
+                yield line
+        # `import torch` gives all of torch's modules that somebody else has imported.
+        for node in ast.walk(file.tree):
+            if isinstance(node, ast.Attribute) and dotted(node) in names:
+                yield node.lineno
+
+    return find
+
+
+def asserts_without_a_sentence(file: File) -> Iterator[int]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Assert) and node.msg is None:
+            yield node.lineno
+
+
+def getattr_with_default(file: File) -> Iterator[int]:
+    for call, name in calls(file):
+        if name == "getattr" and len(call.args) > 2:
+            yield call.lineno
+
+
+def own_kwargs(file: File) -> Iterator[int]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.FunctionDef) and node.args.kwarg is not None:
+            yield node.lineno
+
+
+def data_ptr(file: File) -> Iterator[int]:
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("data_ptr", "untyped_storage"):
+            yield node.lineno
+
+
+FORBIDDEN = [
+    Forbidden(
+        "opening files",
+        ("checkpoint.files", "checkpoint.torch_files"),
+        called(
+            "open",
+            "os.open",
+            "io.open",
+            ".open",
+            ".read_text",
+            ".read_bytes",
+            ".write_text",
+            ".write_bytes",
+            "mmap.mmap",
+            "torch.load",
+            "torch.save",
+            "torch.from_file",
+            "np.memmap",
+            "numpy.memmap",
+        ),
+    ),
+    Forbidden(
+        "the safetensors library",
+        ("checkpoint.torch_files", "verify"),
+        imported("safetensors"),
+    ),
+    Forbidden(
+        "writing into tensors",
+        ("writing",),
+        called(".copy_", ".fill_", ".zero_", ".set_", "torch.utils.swap_tensors"),
+    ),
+    Forbidden("addresses of tensors", ("writing", "ledger"), data_ptr),
+    Forbidden("torch.distributed", ("ranks",), imported("torch.distributed")),
+    Forbidden("printing", ("cli", "report"), called("print", "sys.stdout.write")),
+    Forbidden("assert without a sentence", (), asserts_without_a_sentence),
+    Forbidden("hasattr", (), called("hasattr")),
+    Forbidden("getattr with a default", (), getattr_with_default),
+    Forbidden("**kwargs of our own", (), own_kwargs),
+]
+
+
+@pytest.mark.parametrize("case", FORBIDDEN, ids=lambda case: case.id)
+def test_done_in_its_place_only(case: Forbidden) -> None:
+    wrong = [
+        f"{file.name}:{line}"
+        for file in FILES
+        if file.name not in case.places
+        for line in case.found(file)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("case", "source"),
+    [
+        ("opening files", "with open(path) as f: pass"),
+        ("opening files", "import os\nos.open(path, 0)"),
+        ("opening files", "Path(a).open()"),
+        ("opening files", "(a / b).read_text()"),
+        ("opening files", "torch.load(path)"),
+        ("the safetensors library", "from safetensors import safe_open"),
+        ("writing into tensors", "param.data[2:].copy_(x)"),
+        ("writing into tensors", "f(x).zero_()"),
+        ("addresses of tensors", "x.data_ptr()"),
+        ("torch.distributed", "import torch.distributed as dist"),
+        ("torch.distributed", "def f():\n    from torch import distributed"),
+        ("torch.distributed", "import torch\ntorch.distributed.barrier()"),
+        ("torch.distributed", "from torch.distributed import ProcessGroup"),
+        ("printing", "print(1)"),
+        ("assert without a sentence", "assert x"),
+        ("hasattr", "hasattr(x, 'y')"),
+        ("getattr with a default", "getattr(x, 'y', None)"),
+        ("**kwargs of our own", "def f(**kwargs): pass"),
+    ],
+)
+def test_what_is_forbidden_is_seen(case: str, source: str) -> None:
+    (rule,) = (rule for rule in FORBIDDEN if rule.id == case)
+    assert list(rule.found(File("x", SRC, ast.parse(source))))
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["assert x, 'why'", "getattr(x, 'y')", "reader.opened()", "copy.copy(x)", "import torch"],
+)
+def test_what_is_allowed_is_not(source: str) -> None:
+    assert [r.id for r in FORBIDDEN if list(r.found(File("x", SRC, ast.parse(source))))] == []
+
+
+BLOCKED = """
+import sys
+sys.modules["torch"] = None  # importing it raises
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    __import__("lading." + name)
+"""
+
+
+def test_plans_need_no_torch() -> None:
+    names = [n for n in WITHOUT_TORCH if any(file.name == n for file in FILES)]
+    command = [sys.executable, "-c", BLOCKED, str(SRC.parent), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("file", ROOM_FILES, ids=lambda file: file.name)
+def test_every_file_has_tests(file: File) -> None:
+    """src/lading/x.py: tests/test_x.py; src/lading/x/y.py: tests/x/test_y.py or tests/test_x.py."""
+    if file.path.name == "__init__.py" or file.name in UNTESTED:
+        return
+    *folders, leaf = file.name.split(".")
+    places = [TESTS.joinpath(*folders, f"test_{leaf}.py")]
+    places += [TESTS / f"test_{folder}.py" for folder in folders]
+    assert any(place.exists() for place in places), f"none of {[str(p) for p in places]}"

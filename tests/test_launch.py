@@ -1,0 +1,233 @@
+"""Ranks as processes of this host: results, errors, deaths, Ctrl-C, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lading import launch, ranks as ranks_module
+from lading.demo import write_checkpoint
+from lading.errors import CallError, ConfigError, FileError, PlanError, RankError
+from lading.ranks import Ranks, all_ranks
+
+SECONDS = 20
+"""No failure of a rank may take longer: the start of the processes included."""
+
+
+# Work: pickled by name, so it stands in a module.
+
+
+def places(ranks: Ranks, *args: Any) -> Any:
+    import torch
+
+    every = ranks_module.exchange((ranks.tp_rank, args), ranks_module.group_of(ranks, None))
+    return ranks.tp_rank, every, torch.get_num_threads(), os.getpid()
+
+
+def rank_1_dies(ranks: Ranks, number: int) -> None:
+    if ranks.tp_rank == 1:
+        os.kill(os.getpid(), number)
+    ranks_module.exchange(None, ranks_module.group_of(ranks, None))
+
+
+def rank_1_exits(ranks: Ranks) -> None:
+    if ranks.tp_rank == 1:
+        os._exit(7)
+    time.sleep(600)
+
+
+def rank_1_raises(ranks: Ranks) -> None:
+    if ranks.tp_rank == 1:
+        raise ZeroDivisionError("of all things")
+    time.sleep(600)
+
+
+def all_raise(ranks: Ranks) -> None:
+    raise FileError("is gone", subject="the file")
+
+
+def sleeps(ranks: Ranks, folder: str) -> None:
+    Path(folder, f"rank-{os.getpid()}").touch()
+    time.sleep(600)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files go; nothing may be left there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as stream:
+            return stream.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_one_rank_runs_here() -> None:
+    ((rank, every, _, pid),) = launch.run_ranks(places, 1, ("x",))
+    assert (rank, every, pid) == (0, [(0, ("x",))], os.getpid())
+
+
+def test_results_come_in_rank_order(temporary: Path) -> None:
+    results = launch.run_ranks(places, 3, ("x",))
+    assert [one[0] for one in results] == [0, 1, 2]
+    assert all(one[1] == [(rank, ("x",)) for rank in range(3)] for one in results)
+    cores = len(os.sched_getaffinity(0))
+    assert {one[2] for one in results} == {max(1, cores // 3)}
+    assert not any(is_alive(one[3]) for one in results)
+    assert not list(temporary.glob("lading*"))
+
+
+def test_a_killed_rank_ends_all(temporary: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        launch.run_ranks(rank_1_dies, 2, (int(signal.SIGKILL),))
+    assert time.monotonic() - began < SECONDS
+    assert caught.value.rank == 1
+    assert str(caught.value) == (
+        "the process was killed by SIGKILL, as the system does when memory runs out; the other "
+        "ranks were stopped. On rank 1."
+    )
+    assert not list(temporary.glob("lading*"))
+
+
+def test_a_rank_that_exits_ends_all() -> None:
+    began = time.monotonic()
+    with pytest.raises(RankError, match="ended with exit code 7 and no result.* On rank 1"):
+        launch.run_ranks(rank_1_exits, 2)
+    assert time.monotonic() - began < SECONDS
+
+
+def test_a_rank_that_raises_ends_all() -> None:
+    began = time.monotonic()
+    with pytest.raises(RankError, match=r"^ZeroDivisionError: of all things. On rank 1") as caught:
+        launch.run_ranks(rank_1_raises, 2)
+    assert time.monotonic() - began < SECONDS
+    assert "rank_1_raises" in str(caught.value.__cause__)
+
+
+def test_one_error_of_all_ranks() -> None:
+    with pytest.raises(FileError, match=r"^the file: is gone\.$"):
+        launch.run_ranks(all_raise, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_the_command_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    code = (
+        "import sys, test_launch; from lading import cli, launch\n"
+        "cli.app.registered_commands.clear()\n"
+        "@cli.app.command()\n"
+        "def wait(folder: str) -> None:\n"
+        "    launch.run_ranks(test_launch.sleeps, 2, (folder,))\n"
+        "if __name__ == '__main__':\n"
+        f"    sys.argv = ['lading', 'wait', {str(marks)!r}]\n"
+        "    cli.main()\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([here, *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(temporary)},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(marks.iterdir())) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:  # as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=SECONDS)
+    pids = [int(mark.name.removeprefix("rank-")) for mark in marks.iterdir()]
+    deadline = time.monotonic() + SECONDS
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert "Traceback" not in errors
+        assert [entry for entry in temporary.iterdir() if entry.name.startswith("lading")] == []
+
+
+# ------------------------------------------------------------------------------------------ preflight
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("llama")
+    write_checkpoint(str(path))
+    return str(path)
+
+
+def test_preflight(folder: str) -> None:
+    found = launch.preflight(folder, all_ranks(2))
+    assert len(found.plan.shares) == 2
+    assert found.config.family == "llama"
+    assert {target.dtype for target in found.plan.targets} == {"BF16"}
+    cast = launch.preflight(folder, all_ranks(2), dtype="F16")
+    assert {target.dtype for target in cast.plan.targets} == {"F16"}
+
+
+def test_preflight_is_the_plan_of_the_load(folder: str) -> None:
+    from lading.pretrained import prepare_pretrained
+
+    for ranks in all_ranks(2):
+        ahead = launch.preflight(folder, [ranks]).plan
+        assert ahead.digest == prepare_pretrained(folder, ranks=ranks).plan.digest
+
+
+def test_preflight_says_which_sizes_divide(folder: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        launch.preflight(folder, all_ranks(3))
+    assert caught.value.hint == "TP 1, 2: there every layer divides"
+
+
+def test_preflight_without_a_config(folder: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    import numpy
+
+    save_file({"x": numpy.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"^config.json: is missing, needs one beside"):
+        launch.preflight(str(tmp_path), all_ranks(1))
+
+
+def test_device_of_a_host_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    two = Ranks(tp_rank=0, tp_size=2)
+    assert launch.device_of(two, None) == "cpu"
+    assert launch.device_of(two, "cpu") == "cpu"
+    with pytest.raises(CallError, match=r"^--device cuda: this host has 1 GPUs, needs 2"):
+        launch.device_of(two, "cuda")
+
+
+def test_join_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.join_size() is None
+    assert launch.is_first()
+    for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, "3")
+    assert launch.join_size() == 3
+    assert not launch.is_first()
+    with pytest.raises(CallError, match="needs 3 .WORLD_SIZE"):
+        launch.run_ranks(places, 2)
