@@ -60,7 +60,7 @@ def value_of(result: Result) -> dict[str, Any]:
     return value
 
 
-# ---------------------------------------------------------------------------------- usage, exit codes
+# ------------------------------------------------------------------------------- usage, exit codes
 
 
 @pytest.mark.parametrize("args", [(), ("--help",), ("-h",)])
@@ -185,7 +185,7 @@ def test_missing_tensors_fold(folder: str, tmp_path: Path) -> None:
     assert "(3 layers)" in result.stderr
 
 
-# ------------------------------------------------------------------------------------- plan, inspect
+# ----------------------------------------------------------------------------------- plan, inspect
 
 
 def test_plan(folder: str) -> None:
@@ -251,7 +251,7 @@ def test_inspect_in_json(folder: str) -> None:
     assert {"name", "dtype", "shape", "num_bytes", "file"} == set(value["tensors"][0])
 
 
-# -------------------------------------------------------------------------------------- load, verify
+# ------------------------------------------------------------------------------------ load, verify
 
 
 @pytest.mark.parametrize("tp_size", [1, 3])
@@ -259,7 +259,7 @@ def test_load(three_heads: str, tp_size: int) -> None:
     result = shell("load", three_heads, "--tp", str(tp_size))
     assert (result.returncode, result.stderr) == (0, "")
     last = result.stdout.splitlines()[-1]
-    assert last.startswith("116 kB in ")
+    assert last.startswith("158 kB in ")
     assert last.endswith("/s")
     assert f"{tp_size - 1}     cpu     bf16" in result.stdout
 
@@ -326,7 +326,7 @@ def test_verify_that_fails(folder: str, monkeypatch: pytest.MonkeyPatch, as_json
         )
 
 
-# ----------------------------------------------------------------------------------------- processes
+# --------------------------------------------------------------------------------------- processes
 
 
 def test_no_torch_where_none_is_needed(folder: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from lading import launch, ranks as ranks_module
+from lading import launch
+from lading import ranks as ranks_module
 from lading.demo import write_checkpoint
 from lading.errors import CallError, ConfigError, FileError, PlanError, RankError
 from lading.ranks import Ranks, all_ranks
@@ -204,9 +205,8 @@ def test_preflight_says_which_sizes_divide(folder: str) -> None:
 
 
 def test_preflight_without_a_config(folder: str, tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
     import numpy
+    from safetensors.numpy import save_file
 
     save_file({"x": numpy.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"^config.json: is missing, needs one beside"):

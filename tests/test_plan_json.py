@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -17,9 +18,10 @@ from lading.errors import PlanFileError
 from lading.layers import Layer
 from lading.layouts import Axis, Cut, Layout, Part
 from lading.names import Names, SkipRule
-from lading.plan import Plan, Target, make_plan
+from lading.plan import Expected, Plan, Target, make_plan
 from lading.plan_json import MAX_RANKS, plan_from_json, plan_to_json
 from lading.ranks import Ranks, all_ranks
+from lading.specs import Along, Constant, Dim, TensorSpec
 
 Json = Any
 
@@ -87,6 +89,76 @@ def plan(tp_size: int = 3, *, fused: bool = False) -> Plan:
     return make_plan(targets, sources, ranks=ranks, names=Names.of(skips=skips))
 
 
+def plan_of_formats(tp_size: int = 2) -> Plan:
+    """What quantised tensors declare: numbers of parts, blocks, tiles, other views, constants."""
+    layer = Layer.column(5, [6, 12])
+    blocks = Dim(along=Along.OUTPUT, grain=Fraction(4), straddle=True, ragged=True, reason="fp8")
+    tiles = Dim(along=Along.OUTPUT, align=3, align_reason="tiles")
+
+    def layout(dim: Dim, *, fused: bool = False) -> Layout:
+        return layer.layout(TensorSpec(name="", dims=(dim,)), tp_size, fused_source=fused)
+
+    one = Layout.replicated((4, 6), tp_size)
+    shape = Expected(constant=Constant.SHAPE, outputs=((None, 4),), inputs=6)
+    index = Expected(constant=Constant.GROUP_INDEX, inputs=6, group=3)
+    targets = [
+        target("gate_up_proj.scale", layout(Dim(along=Along.PARTS)), "F32"),
+        target("gate_up_proj.blocks", layout(blocks, fused=True), "F32"),
+        target("gate_up_proj.tiles", layout(tiles), "F32"),
+        Target(name="o.qweight", layout=one, dtype="U8", leaf="weight.data", stored=(-1, 1)),
+        Target(
+            name="o.shape",
+            layout=Layout.replicated((2,), tp_size),
+            dtype="I64",
+            expected=shape,
+        ),
+        Target(
+            name="o.g_idx",
+            layout=Layout.replicated((6,), tp_size),
+            dtype="I32",
+            expected=index,
+        ),
+    ]
+    sources = [
+        source("gate_proj.scale", dtype="F32", num_bytes=4),
+        source("up_proj.scale", 1, dtype="F32", num_bytes=4),
+        source("gate_up_proj.blocks", 5, dtype="F32", num_bytes=20),
+        source("gate_up_proj.tiles", 18, dtype="F32", num_bytes=72),
+        source("o.weight.data", 24, 1, dtype="U8", num_bytes=24),
+        source("o.shape", 2, dtype="I64", num_bytes=16),
+        source("o.g_idx", 6, dtype="I32", num_bytes=24),
+    ]
+    return make_plan(targets, {s.name: s for s in sources}, ranks=all_ranks(tp_size))
+
+
+def instances(value: object) -> Iterator[object]:
+    """The dataclass instances in a value, and in their fields."""
+    if is_dataclass(value):
+        yield value
+        value = [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from instances(item)
+
+
+def test_every_field_is_tried() -> None:
+    """A field that is added and not written would come back as its default, and pass unnoticed."""
+    values: dict[str, set[str]] = {}
+    defaults: dict[str, str] = {}
+    for one in (*instances(plan()), *instances(plan(fused=True)), *instances(plan_of_formats())):
+        assert is_dataclass(one)
+        for field in fields(one):
+            if field.compare:
+                name = f"{type(one).__name__}.{field.name}"
+                values.setdefault(name, set()).add(repr(getattr(one, field.name)))
+                defaults[name] = repr(field.default)
+    untried = [name for name, found in values.items() if found <= {defaults[name]}]
+    # Copies of a plan keep the order of dims.
+    assert untried == ["Copy.axes"]
+
+
 def through_text(value: Plan) -> Json:
     return json.loads(json.dumps(plan_to_json(value), allow_nan=False))
 
@@ -99,6 +171,14 @@ def test_there_and_back(tp_size: int, fused: bool) -> None:
     assert back == one
     assert back.digest == one.digest, "the order of sources, too"
     assert plan_to_json(back) == plan_to_json(one)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_formats_there_and_back(tp_size: int) -> None:
+    one = plan_of_formats(tp_size)
+    back = plan_from_json(through_text(one))
+    assert back == one
+    assert (back.digest, back.checks()) == (one.digest, one.checks())
 
 
 def test_a_plan_of_some_ranks() -> None:
@@ -123,13 +203,15 @@ def test_what_is_written() -> None:
         "ranks": [[1, 2, 0, 1]],
         "sources": {"gate_proj.weight": file, "up_proj.weight": file},
         "layouts": [
-            [
-                {
-                    "axis": "out_features of the layer",
-                    "parts": [{"size": 4, "name": "gate"}, {"size": 4, "name": "up"}],
-                },
-                {"axis": "in_features of the layer", "parts": [{"size": 6, "max_pieces": 1}]},
-            ]
+            {
+                "dims": [
+                    {
+                        "axis": "out_features of the layer",
+                        "parts": [{"size": 4, "name": "gate"}, {"size": 4, "name": "up"}],
+                    },
+                    {"axis": "in_features of the layer", "parts": [{"size": 6, "max_pieces": 1}]},
+                ]
+            }
         ],
         "targets": [{"name": "gate_up_proj.weight", "layout": 0, "dtype": "BF16"}],
         "bindings": [gate | {"fused": False}, up | {"fused": False}],
@@ -303,49 +385,49 @@ TAMPERED = [
     ),
     Tampered(
         "a layout that does not divide",
-        ("layouts", 1, 0, "parts", 1, "size"),
+        ("layouts", 1, "dims", 0, "parts", 1, "size"),
         13,
         "layouts[1]: cannot be: part 7: TP 3 does not cut 13 rows into 3 equal pieces: "
         "13 = 3 * 4 + 1. Try: TP 1.",
     ),
     Tampered(
         "an axis without parts",
-        ("layouts", 1, 0, "parts"),
+        ("layouts", 1, "dims", 0, "parts"),
         [],
-        "layouts[1][0]: cannot be: an axis has no part, needs at least one.",
+        "layouts[1].dims[0]: cannot be: an axis has no part, needs at least one.",
     ),
     Tampered(
         "a part without size",
-        ("layouts", 1, 0, "parts", 1, "size"),
+        ("layouts", 1, "dims", 0, "parts", 1, "size"),
         DELETED,
-        "layouts[1][0].parts[1]: has no key 'size', needs size.",
+        "layouts[1].dims[0].parts[1]: has no key 'size', needs size.",
     ),
     Tampered(
         "pieces of no number",
-        ("layouts", 1, 0, "parts", 1, "max_pieces"),
+        ("layouts", 1, "dims", 0, "parts", 1, "max_pieces"),
         "all",
-        "layouts[1][0].parts[1].max_pieces: is 'all', needs an int from 0 to 9223372036854775807.",
+        "layouts[1].dims[0].parts[1].max_pieces: is 'all', needs an int from 0 to 9223372036854775807.",
     ),
     Tampered(
         "grain of nothing",
-        ("layouts", 3, 1, "grain"),
+        ("layouts", 3, "dims", 1, "grain"),
         0,
-        "layouts[3][1]: cannot be: has a grain of 0, needs a positive number.",
+        "layouts[3].dims[1]: cannot be: has a grain of 0, needs a positive number.",
     ),
     *(
         Tampered(
             f"grain {grain!r}",
-            ("layouts", 3, 1, "grain"),
+            ("layouts", 3, "dims", 1, "grain"),
             grain,
-            f"layouts[3][1].grain: is {grain!r}, needs a number or 'n/d'.",
+            f"layouts[3].dims[1].grain: is {grain!r}, needs a number or 'n/d'.",
         )
         for grain in ("32/0", "32", "-32/3", "1e3/1", "3²/1", "9" * 19 + "/1")
     ),
     Tampered(
         "ragged by a number",
-        ("layouts", 4, 0, "ragged"),
+        ("layouts", 4, "dims", 0, "ragged"),
         1,
-        "layouts[4][0].ragged: is 1, needs true or false.",
+        "layouts[4].dims[0].ragged: is 1, needs true or false.",
     ),
     Tampered(
         "a binding of no target",
@@ -492,6 +574,83 @@ TAMPERED = [
 ]
 
 
+FORMATS = [
+    Tampered(
+        "another view of fewer elements",
+        ("targets", 3, "stored"),
+        [24, 1, 1],
+        "plan: is not proved: o.qweight: checkpoint tensor 'o.weight.data' is uint8[24, 1], needs "
+        "uint8[24, 1, 1] (as the format stores it). In sub/a.safetensors.",
+    ),
+    Tampered(
+        "a view of nothing",
+        ("targets", 3, "stored"),
+        [0, -1],
+        "targets[3].stored: is [0, -1], needs sizes of at least 1 and at most one -1.",
+    ),
+    Tampered(
+        "a view that may be anything",
+        ("targets", 3, "stored"),
+        [-1, -1],
+        "targets[3].stored: is [-1, -1], needs sizes of at least 1 and at most one -1.",
+    ),
+    Tampered(
+        "a constant of no rule",
+        ("targets", 4, "expected", "constant"),
+        "one",
+        "targets[4].expected.constant: is 'one', needs a name from the rules.",
+    ),
+    Tampered(
+        "a shape of other parts",
+        ("targets", 4, "expected", "outputs"),
+        [["q", 4]],
+        "targets[4].expected.outputs: is [('q', 4)], needs one size for each of the parts [None].",
+    ),
+    Tampered(
+        "a size of no part",
+        ("targets", 4, "expected", "outputs", 0),
+        [4],
+        "targets[4].expected.outputs[0]: is [4], needs [part, size].",
+    ),
+    Tampered(
+        "groups of nothing",
+        ("targets", 5, "expected", "group"),
+        0,
+        "targets[5].expected.group: is 0, needs at least 1.",
+    ),
+    Tampered(
+        "tiles of nothing",
+        ("layouts", 2, "dims", 0, "align"),
+        0,
+        "layouts[2].dims[0]: cannot be: has pieces that are multiples of 0, needs at least 1.",
+    ),
+    Tampered(
+        "blocks of parts that are stored by themselves",
+        ("layouts", 1, "fused_source"),
+        False,
+        "plan: is not proved: gate_up_proj.blocks: was declared for parts that are stored each by "
+        "itself, the checkpoint stores them side by side.",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FORMATS, ids=lambda case: case.id)
+def test_tampered_formats(case: Tampered) -> None:
+    with pytest.raises(PlanFileError) as caught:
+        plan_from_json(tampered(through_text(plan_of_formats()), case.path, case.value))
+    assert str(caught.value) == case.text
+
+
+def test_another_view_has_as_many_elements() -> None:
+    value = through_text(plan_of_formats())
+    value["targets"][3]["stored"] = [12, 1]
+    value["sources"]["o.weight.data"] |= {"shape": [12, 1], "bytes": [0, 12]}
+    with pytest.raises(PlanFileError) as caught:
+        plan_from_json(value)
+    text = "bindings[5]: takes [12, 1] as [4, 6], needs as many elements."
+    assert str(caught.value) == text
+
+
 def tampered(value: Json, path: tuple[str | int, ...], new: Json) -> Json:
     """The value with one place changed, or taken out."""
     if not path:
@@ -530,7 +689,7 @@ def test_names_that_json_cannot_have() -> None:
     assert str(caught.value) == "sources: has the key 1, needs strings."
 
 
-JSON = through_text(plan())
+JSONS = [through_text(plan()), through_text(plan_of_formats())]
 
 
 def _items(value: Json) -> Any:
@@ -546,7 +705,7 @@ def _paths(value: Json, path: tuple[str | int, ...] = ()) -> list[tuple[str | in
     return found
 
 
-PATHS = _paths(JSON)
+PATHS = [(value, path) for value in JSONS for path in _paths(value)]
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.text(max_size=3),
     lambda inner: (
@@ -558,25 +717,30 @@ JUNK = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PATHS), JUNK | st.just(DELETED))
-def test_whatever_is_changed(path: tuple[str | int, ...], junk: Json) -> None:
+def test_whatever_is_changed(place: tuple[Json, tuple[str | int, ...]], junk: Json) -> None:
     """Any value anywhere: a PlanFileError, or a plan that is proved once more."""
-    value = tampered(JSON, path, junk) if path or junk is not DELETED else None
+    file, path = place
+    value = tampered(file, path, junk) if path or junk is not DELETED else None
     try:
         found = plan_from_json(value)
     except PlanFileError:
         return
     assert plan_from_json(through_text(found)) == found
+    assert found.digest
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(PATHS), st.sampled_from(PATHS))
-def test_values_of_other_places(path: tuple[str | int, ...], other: tuple[str | int, ...]) -> None:
+def test_values_of_other_places(
+    place: tuple[Json, tuple[str | int, ...]], other: tuple[Json, tuple[str | int, ...]]
+) -> None:
     """Values of the right type in the wrong place come furthest."""
-    value: Json = JSON
-    for step in other:
+    value, steps = other
+    for step in steps:
         value = value[step]
     try:
-        found = plan_from_json(tampered(JSON, path, value))
+        found = plan_from_json(tampered(*place, value))
     except PlanFileError:
         return
     assert plan_from_json(through_text(found)) == found
+    assert found.digest

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lading.checkpoint import Checkpoint, open_checkpoint
+    from lading.decoding import dequantize
     from lading.errors import LadingError, PlanError
     from lading.loading import LoadReport, load
     from lading.pretrained import from_pretrained
@@ -32,6 +33,7 @@ __all__ = [
     "SkipRule",
     "all_ranks",
     "check_loaded",
+    "dequantize",
     "from_pretrained",
     "load",
     "make_plan",
@@ -51,6 +53,7 @@ _HOMES = {
     "SkipRule": "names",
     "all_ranks": "ranks",
     "check_loaded": "nn",
+    "dequantize": "decoding",
     "from_pretrained": "pretrained",
     "load": "loading",
     "make_plan": "plan",

@@ -94,15 +94,7 @@ def main() -> NoReturn:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal in ASCII
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _terminated)  # so that ranks end and folders are removed
-    try:
-        try:
-            app(prog_name="lading")
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read stdout has gone (`| head`). Nothing may be written to it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    app(prog_name="lading")
     sys.exit(0)
 
 
@@ -412,9 +404,7 @@ def _look() -> Look:
 def _show(blocks: Sequence[Block]) -> None:
     from lading.report import render
 
-    if _is_first():
-        sys.stdout.write(render(blocks, _look()))
-        sys.stdout.flush()
+    _write(render(blocks, _look()))
 
 
 def _quiet(_blocks: Sequence[Block]) -> None:
@@ -422,8 +412,19 @@ def _quiet(_blocks: Sequence[Block]) -> None:
 
 
 def _give(value: dict[str, Any]) -> None:
-    if _is_first():
-        sys.stdout.write(json.dumps(value) + "\n")
+    _write(json.dumps(value) + "\n")
+
+
+def _write(text: str) -> None:
+    if not _is_first():
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read stdout has gone (`| head`). Nothing may be written to it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + signal.SIGPIPE) from None
 
 
 def _say_error(error: LadingError) -> None:

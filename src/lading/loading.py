@@ -146,7 +146,7 @@ def run_load(
         raise CallError(f"staging_bytes is {staging_bytes}, needs at least 1", subject="load")
     group = ranks_module.group_of(ranks, group)
     began = time.perf_counter()
-    prepared = _agreed(prepare, lambda done: done.plan.digest, group)
+    prepared = agreed(prepare, lambda done: done.plan.digest, group)
     model, plan = prepared.model, prepared.plan
     place = torch.device(device) if device is not None else default_device(ranks)
     live: dict[str, torch.Tensor] = {}
@@ -161,7 +161,7 @@ def run_load(
         return memory, _execute(prepared, ranks, memory, staging_bytes, progress)
 
     try:
-        memory, moved = _agreed(execute, lambda _: None, group)
+        memory, moved = agreed(execute, lambda _: None, group)
     except BaseException as error:
         if live:
             _refuse_forward(model, error)
@@ -196,7 +196,7 @@ def _ignore(_num_bytes: int) -> None:
     return None
 
 
-def _agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessGroup | None) -> Any:
+def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessGroup | None) -> Any:
     """This rank's result once every rank has one; the same error on every rank otherwise."""
     result: Any = None
     error: LadingError | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -10,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lading.errors import LadingError
-from lading.parameter import PackedColumnParameter, PackedvLLMParameter
 from lading.ranks import Ranks, as_current
 
-from .made import ALL, COLUMN, PACKED, ROW, bits, make, moved, numbered, poisoned, times
+from .made import ALL, COLUMN, ROW, bits, make, moved, numbered, poisoned, times
 
 MANY = settings(max_examples=300, deadline=None)
 sizes = st.integers(0, 6)
@@ -92,44 +90,3 @@ def test_column_and_row(
     if error is None:
         first = rank * shape[dim] if is_cut else 0
         assert torch.equal(param.data, moved(shape, full, dim, at=0, size=shape[dim], first=first))
-
-
-@MANY
-@given(
-    cls=st.sampled_from(PACKED),
-    factor=st.sampled_from([8, 4, 2, 1, Fraction(32, 3), Fraction(32, 5)]),
-    tile=st.sampled_from([None, 2, 16]),
-    offset=st.integers(0, 96),
-    size=st.integers(0, 96),
-    ranks=st.integers(1, 4).flatmap(lambda t: st.tuples(st.integers(0, t - 1), st.just(t))),
-)
-def test_packing(
-    cls: type[PackedColumnParameter | PackedvLLMParameter],
-    factor: int | Fraction,
-    tile: int | None,
-    offset: int,
-    size: int,
-    ranks: tuple[int, int],
-) -> None:
-    """Bits are counted: words that are not filled exactly are refused, never rounded."""
-    rank, tp_size = ranks
-    numerator, denominator = Fraction(factor).as_integer_ratio()
-    exact = (size * denominator) % numerator == 0 and (offset * denominator) % numerator == 0
-    words, at = (n * denominator // numerator * (tile or 1) for n in (size, offset))
-    local = [48 * (tile or 1)]
-    facts = {"packed_factor": factor, "packed_dim": 0, "marlin_tile_size": tile, "input_dim": 0}
-    with as_current(Ranks(tp_rank=rank, tp_size=tp_size)):
-        param = make(cls, poisoned(local, torch.int32), **facts)
-        full = numbered([words * tp_size], torch.int32)
-        error = outcome(
-            param,
-            "load_merged_column_weight",
-            full,
-            shard_id=0,
-            shard_offset=offset,
-            shard_size=size,
-        )
-    assert (error is None) == (exact and at + words <= local[0])
-    if error is None:
-        want = moved(local, [words * tp_size], 0, at=at, size=words, first=rank * words)
-        assert torch.equal(param.data, want.int())

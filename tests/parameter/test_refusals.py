@@ -32,11 +32,10 @@ from lading.parameter import (
     PackedvLLMParameter,
     PerTensorScaleParameter,
     RowvLLMParameter,
-    _adjust_shard_indexes_for_packing,
 )
 from lading.ranks import Ranks, all_ranks, as_current
 
-from .made import ALL, PACKED, make, numbered, poisoned, refused
+from .made import ALL, make, numbered, poisoned, refused
 
 COLUMN, ROW = "load_column_parallel_weight", "load_row_parallel_weight"
 MERGED, QKV = "load_merged_column_weight", "load_qkv_weight"
@@ -574,32 +573,6 @@ def test_a_rank_alone_cannot_tell_a_longer_tensor_but_a_shorter_one() -> None:
         param,
     ):
         param.load_column_parallel_weight(numbered((9, 1)), tp_rank=0)
-
-
-@pytest.mark.parametrize("cls", PACKED)
-def test_packings_that_cannot_be(cls: type[Any]) -> None:
-    data = torch.zeros(2, 2, dtype=torch.int32)
-    for facts, text in [
-        ({"packed_factor": 0}, "packed_factor is 0, needs a positive int or Fraction."),
-        ({"packed_factor": 2.5}, "packed_factor is 2.5, needs a positive int or Fraction."),
-        ({"packed_dim": 2}, "packed_dim is 2, needs a dim of its shape [2, 2]."),
-        ({"marlin_tile_size": 0}, "marlin_tile_size is 0, needs an int of at least 1 or None."),
-    ]:
-        with refused(DeclarationError, f"{cls.__name__}: {text}"):
-            make(cls, data, **facts)
-    param = make(cls, data)
-    with refused(
-        LayoutError,
-        f"{cls.__name__}: a shard size of 12 rows is no whole number of packed words: "
-        "8 elements in a word, 12 = 1 * 8 + 4.",
-    ):
-        param.adjust_shard_indexes_for_packing(shard_size=12, shard_offset=0)
-    with refused(
-        LayoutError,
-        "a shard size of 12 rows is no whole number of packed words: "
-        "8 elements in a word, 12 = 1 * 8 + 4.",
-    ):
-        _adjust_shard_indexes_for_packing(12, 0, 8, None)
 
 
 def test_data_that_is_no_tensor() -> None:

@@ -8,7 +8,14 @@ torch_files   the same of torch's own files
 index         open_checkpoint, which puts them together
 """
 
-from lading.checkpoint.files import ByteReader, copy_file, read_header, read_json, write_json
+from lading.checkpoint.files import (
+    ByteReader,
+    FileWriter,
+    copy_file,
+    read_header,
+    read_json,
+    write_json,
+)
 from lading.checkpoint.header import (
     Header,
     TensorInfo,
@@ -23,6 +30,7 @@ from lading.checkpoint.sources import Checkpoint, Reader, Source
 __all__ = [
     "ByteReader",
     "Checkpoint",
+    "FileWriter",
     "Header",
     "Reader",
     "Source",

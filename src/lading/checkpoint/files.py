@@ -7,6 +7,7 @@ operating system becomes a FileError with the system's own words and the file as
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -233,6 +234,70 @@ def copy_file(source: Path, target: Path) -> None:
     Raises FileError.
     """
     _replace(os.fspath(target), lambda temporary: shutil.copyfile(source, temporary))
+
+
+class FileWriter:
+    """Writes bytes at offsets of a file that several processes fill together.
+
+    One of them calls `create`, each opens it and writes its own ranges, and when all are done one
+    calls `publish`: only then does the file have its name.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._name = os.path.basename(path)
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _os_error("opened for writing", error, self._name) from None
+
+    @staticmethod
+    def create(path: str, num_bytes: int) -> FileWriter:
+        """A new file of this size; what an earlier attempt left under the name goes."""
+        name = os.path.basename(path)
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            os.ftruncate(fd, num_bytes)
+            os.close(fd)
+        except OSError as error:
+            raise _os_error("created", error, name) from None
+        return FileWriter(path)
+
+    @staticmethod
+    def publish(path: str, name: str) -> None:
+        """Gives a complete file its name, in place of what has it."""
+        try:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(path, name)
+        except OSError as error:
+            raise _os_error("renamed", error, os.path.basename(name)) from None
+
+    @staticmethod
+    def discard(path: str) -> None:
+        """Removes what a failed attempt left, if anything."""
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """All of `data` at byte `offset`."""
+        view = memoryview(data)
+        try:
+            while view.nbytes:
+                written = os.pwrite(self._fd, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            raise _os_error("written", error, self._name) from None
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
 
 
 def _replace(path: str, write: Callable[[str], object]) -> None:

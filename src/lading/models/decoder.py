@@ -204,6 +204,7 @@ class CausalLM(nn.Module):
             )
         self.config = config
         self.ranks = ranks if ranks is not None else ranks_module.current()
+        self.names = FAMILIES[config.family].names
         fused = FAMILIES[config.family].fused
         self.packed_modules_mapping = {name: list(parts) for name, parts in fused.items()}
         self.declaration = declare(config, pad_vocab_to=pad_vocab_to)

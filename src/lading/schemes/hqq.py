@@ -8,7 +8,7 @@ The weight is grouped, R = O*I/g rows of g inputs, and its codes are packed b bi
     3 bits   W_q I32 [ceil(R/10), g]   likewise, ten rows at bits 27, 24, ... 0; R padded with zeros
     scale, zero   [R, 1];   W = (code - zero) * scale
 
-Where each packed row has whole rows of the weight beside each other (O is a multiple of 8 / b), W_q is
+Where packed rows are made of whole rows of the weight (O is a multiple of 8 / b), W_q is
 [O*b/8, I]: its inputs can be cut between groups, and for 8 bits its outputs as well. Of fewer bits,
 outputs cannot be cut without repacking: each byte holds outputs from all over the weight.
 
@@ -73,8 +73,8 @@ class Hqq(Scheme):
         """W_q, scale, zero, the shape to compare, and what else the module says of itself."""
         if found.fused and self.bits != 8:
             raise LayoutError(
-                f"{self.name}: {found.module}.W_q holds all parts of the layer in one tensor, whose "
-                "bytes have outputs from all over it; needs to be split before it is packed"
+                f"{found.module}.W_q holds all parts of the layer in one tensor, whose bytes have "
+                f"outputs from all over it ({self.name}); needs one tensor for each part"
             )
         specs = [self._codes(layer, found)]
         specs += [
@@ -208,8 +208,8 @@ def hqq_from_evidence(tensors: Mapping[str, _Header]) -> HqqQuantization | None:
 def parse_hqq(config: Mapping[str, Any]) -> HqqQuantization:
     """The quantization_config of quant_method "hqq", as transformers writes it.
 
-    `quant_config` has weight_quant_params, or such an object for each kind of module; then the shapes
-    of each tell its bits and groups.
+    `quant_config` has weight_quant_params, or such an object for each kind of module; then the
+    shapes of each tell its bits and groups.
     """
     options = Options(raw=config)
     ignored = ignored_names(options, "skip_modules")
@@ -247,7 +247,8 @@ def _shown_scheme(found: Found) -> Hqq:
             found,
             "HQQ",
             _sizes(found),
-            f"needs whole groups ({found.outputs} * {found.inputs} = {num_rows} * {group} + {rest})",
+            f"needs whole groups of the {found.inputs} inputs ({found.outputs} * {found.inputs} = "
+            f"{num_rows} * {group} + {rest})",
         )
     for bits, rows in ROWS_PER_ENTRY.items():
         kinds = ("I32",) if bits == 3 else ("U8",)

@@ -8,11 +8,11 @@
     mlp.experts.down_proj_bias         BF16 [E, H]
     W[e, o, i] = fp4 * 2^(s - 127), fp4 with the low nibble first
 
-`Mxfp4Blocks` is one projection of all experts as a layer: O outputs by I inputs, of each expert. Gate
-and up are one part of 2*F outputs, cut into pairs of rows, so that a piece holds a gate's row and
-its up's. transformers' own parameters are the transpose, [E, I, O].
+`Mxfp4Blocks` is one projection of all experts as a layer: O outputs by I inputs, of each expert.
+Gate and up are one part of 2*F outputs, cut into pairs of rows, so that a piece holds a gate's row
+and its up's. transformers' own parameters are the transpose, [E, I, O].
 
-Letters: E = experts, H = hidden size, F = intermediate size, O = outputs, I = inputs of a projection.
+Letters: E = experts, H = hidden size, F = intermediate size, O = outputs, I = inputs.
 """
 
 from __future__ import annotations

@@ -92,10 +92,6 @@ def test_the_public_names() -> None:
         "set_lazy_view_device",
     }
     assert all(hasattr(lading.parameter, name) for name in lading.parameter.__all__)
-    assert lading.parameter._adjust_shard_indexes_for_marlin(3, 5, marlin_tile_size=16) == (48, 80)
-    assert lading.parameter._adjust_shard_indexes_for_packing(
-        shard_size=64, shard_offset=32, packed_factor=Fraction(32, 3), marlin_tile_size=2
-    ) == (12, 6)
 
 
 @pytest.mark.parametrize("cls", [*ALL, SharedWeightParameter])

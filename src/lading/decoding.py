@@ -1,0 +1,173 @@
+"""The verb `dequantize`: a quantised checkpoint, loaded on N ranks, as one file of float32 weights.
+
+(The file is not named so: `lading.dequantize` is the function.) Every rank decodes what it holds and
+writes it into its place in the file; no rank holds a full tensor of several ranks. Names are the
+checkpoint's own: a layer that is fused on disk is one tensor, others are one for each part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lading import ranks as ranks_module
+from lading.checkpoint import FileWriter, encode_header
+from lading.errors import CallError
+from lading.layouts import Layout, PartName
+from lading.loading import PathLike, agreed
+from lading.names import Names
+from lading.nn import ParallelLayer
+from lading.pretrained import load_pretrained
+from lading.ranks import Ranks
+from lading.regions import Region
+from lading.specs import dense_specs
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed import ProcessGroup
+
+    from lading.loading import Progress
+
+__all__ = ["Decoded", "decoded_weights", "dequantize"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """What this rank holds of one weight of the checkpoint, and how to decode it.
+
+    name     in the checkpoint, "model.layers.0.mlp.down_proj.weight"
+    region   where it lies in the full weight [O, I]
+    layer, part   whose part it is
+    """
+
+    name: str
+    region: Region
+    layer: ParallelLayer
+    part: PartName
+
+    def values(self) -> torch.Tensor:
+        """float32, of the region's size."""
+        return self.layer.dequantized_part(self.part)
+
+
+def decoded_weights(
+    model: nn.Module, names: Names, ranks: Ranks, *, dense: bool = False
+) -> Iterator[tuple[Decoded, bool]]:
+    """Each part of each quantised layer that this rank holds, and whether it is the first to.
+
+    dense   also layers that are not quantised
+    Neighbouring ranks may hold the same piece; the first of them is its owner.
+    """
+    for prefix, layer in model.named_modules():
+        if not isinstance(layer, ParallelLayer) or (layer.quant is None and not dense):
+            continue
+        layout = layer.layer.layout(dense_specs(bias=False)[0], ranks.tp_size)
+        fused = layer.quant is not None and layer.quant.fused
+        for part, name in _stored_names(layout, names, f"{prefix}.weight", fused):
+            place = layout.place(part, ranks.tp_rank, fused_source=fused)
+            if place is None:
+                continue
+            owner = all(
+                (other := layout.place(part, rank, fused_source=fused)) is None
+                or other.source != place.source
+                for rank in range(ranks.tp_rank)
+            )
+            yield Decoded(name=name, region=place.source, layer=layer, part=part), owner
+
+
+def _stored_names(
+    layout: Layout, names: Names, target: str, fused: bool
+) -> list[tuple[PartName, str]]:
+    parts = layout.part_names
+    stored = names.parts(target, len(parts)) if len(parts) > 1 and not fused else None
+    if stored is None:
+        return [(part, names.whole(target)) for part in parts]
+    return list(zip(parts, stored, strict=True))
+
+
+def dequantize(
+    path: PathLike,
+    out: str | os.PathLike[str],
+    *,
+    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+    dense: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Writes float32 weights of a checkpoint's quantised layers into one safetensors file.
+
+    out     the file; it appears when it is complete
+    ranks   this process's rank; every rank of the group calls this, and all see the same file system
+    dense   also the weights of layers that are not quantised
+    Gives the number of tensors. Raises what a load raises, the same on all ranks, and a CallError
+    where the checkpoint has nothing to decode.
+    """
+    ranks = ranks or ranks_module.current()
+    model, _ = load_pretrained(path, ranks=ranks, group=group, device=device, progress=progress)
+    group = ranks_module.group_of(ranks, group)
+    mine = list(decoded_weights(model, model.names, ranks, dense=dense))
+    shapes = agreed(lambda: _full_shapes(mine, group), lambda found: sorted(found.items()), group)
+    header = encode_header([(name, "F32", shape) for name, shape in shapes.items()], {})
+    starts, end = {}, len(header)
+    for name, shape in shapes.items():
+        starts[name] = end
+        end += 4 * shape[0] * shape[1]
+    temporary = f"{os.fspath(out)}.partial"
+    try:
+        agreed(lambda: _create(temporary, header, end, ranks), _nothing, group)
+        agreed(lambda: _write(temporary, mine, starts), _nothing, group)
+        agreed(lambda: _finish(temporary, out, ranks), _nothing, group)
+    except BaseException:
+        if ranks.tp_rank == 0:
+            FileWriter.discard(temporary)
+        raise
+    return len(shapes)
+
+
+def _nothing(_done: None) -> None:
+    """No facts to compare."""
+
+
+def _full_shapes(
+    mine: list[tuple[Decoded, bool]], group: ProcessGroup | None
+) -> dict[str, tuple[int, int]]:
+    """The full shape of every weight that some rank holds, in name order."""
+    found: dict[str, tuple[int, int]] = {}
+    for everyones in ranks_module.exchange([(d.name, d.region.shape) for d, _ in mine], group):
+        found.update(everyones)
+    if not found:
+        raise CallError(
+            "has no quantised layer, needs one (its weights are stored as they are)",
+            subject="dequantize",
+        )
+    return dict(sorted(found.items()))
+
+
+def _create(temporary: str, header: bytes, num_bytes: int, ranks: Ranks) -> None:
+    if ranks.tp_rank == 0:
+        with FileWriter.create(temporary, num_bytes) as file:
+            file.write(0, header)
+
+
+def _write(temporary: str, mine: list[tuple[Decoded, bool]], starts: dict[str, int]) -> None:
+    with FileWriter(temporary) as file:
+        for decoded, is_owner in mine:
+            if not is_owner:
+                continue
+            values = decoded.values().cpu().contiguous()
+            bytes_of = memoryview(values.numpy()).cast("B")  # type: ignore[arg-type]
+            runs = decoded.region.runs()
+            length = runs.length * 4
+            for number, first in enumerate(runs.offsets()):
+                at = number * length
+                file.write(starts[decoded.name] + first * 4, bytes_of[at : at + length])
+
+
+def _finish(temporary: str, out: str | os.PathLike[str], ranks: Ranks) -> None:
+    if ranks.tp_rank == 0:
+        FileWriter.publish(temporary, os.fspath(out))
