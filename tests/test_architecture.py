@@ -1,4 +1,4 @@
-"""What the design forbids, read from the sources: imports upwards, and acts outside of their place."""
+"""What the design forbids, read from the sources: imports upwards, acts outside of their place."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ import pytest
 TESTS = Path(__file__).parent
 SRC = TESTS.parent / "src" / "lading"
 
-ROOMS = """
-    errors dtypes regions ranks layouts specs layers names checkpoint proof plan plan_json
-    writing owners ledger parameter schemes nn transport models loading pretrained export update
-    engines progress launch verify report draw demo cli __main__
-""".split()
+ROOMS = (
+    # values, arithmetic and plans: no torch
+    *("errors", "dtypes", "regions", "ranks", "layouts", "specs", "layers", "names"),
+    *("checkpoint", "proof", "plan", "json_values", "plan_json"),
+    # parameters, layers, the verbs
+    *("writing", "owners", "ledger", "parameter", "schemes", "nn", "transport", "models"),
+    *("loading", "pretrained", "decoding", "export", "update", "engines"),
+    # processes, checks, eyes
+    *("progress", "launch", "verify", "report", "draw", "demo", "cli", "__main__"),
+)
 """From the top down: a file imports only from rooms above its own, and from its own."""
 
 WITHOUT_TORCH = [
@@ -34,12 +39,18 @@ WITHOUT_TORCH = [
     "checkpoint.header",
     "proof",
     "plan",
+    "json_values",
     "plan_json",
     "report",
 ]
 
 UNTESTED = {
     "__main__": "one line, run by the tests of the CLI",
+    "checkpoint.sources": "values and readers, by those of checkpoint.index and .files",
+    "models.building": "by those of models.decoder",
+    "models.families": "data, by those of models.config",
+    "models.reading": "by those of models.config, error by error",
+    "models.rope_config": "by those of models.rope and .config",
 }
 """Files of src without a test file of their own name, and why. `__init__` files need none."""
 
@@ -121,6 +132,8 @@ def called(*names: str) -> Callable[[File], Iterator[int]]:
 
     def find(file: File) -> Iterator[int]:
         for call, name in calls(file):
+            if call.args and dotted(call.args[0]) == "os.devnull":
+                continue  # no file: where a closed pipe's output goes
             if any(name.endswith(n) if n.startswith(".") else name == n for n in names):
                 yield call.lineno
 
@@ -128,9 +141,17 @@ def called(*names: str) -> Callable[[File], Iterator[int]]:
 
 
 def imported(*names: str) -> Callable[[File], Iterator[int]]:
+    """Imports of these modules when the program runs: annotations may name their types."""
+
     def find(file: File) -> Iterator[int]:
+        checked = {
+            inner
+            for node in ast.walk(file.tree)
+            if isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING"
+            for inner in range(node.lineno, (node.body[-1].end_lineno or node.lineno) + 1)
+        }
         for line, name in imports(file):
-            if any(name == n or name.startswith(f"{n}.") for n in names):
+            if line not in checked and any(name == n or name.startswith(f"{n}.") for n in names):
                 yield line
         # `import torch` gives all of torch's modules that somebody else has imported.
         for node in ast.walk(file.tree):
@@ -150,12 +171,6 @@ def getattr_with_default(file: File) -> Iterator[int]:
     for call, name in calls(file):
         if name == "getattr" and len(call.args) > 2:
             yield call.lineno
-
-
-def own_kwargs(file: File) -> Iterator[int]:
-    for node in ast.walk(file.tree):
-        if isinstance(node, ast.FunctionDef) and node.args.kwarg is not None:
-            yield node.lineno
 
 
 def data_ptr(file: File) -> Iterator[int]:
@@ -178,30 +193,30 @@ FORBIDDEN = [
             ".write_text",
             ".write_bytes",
             "mmap.mmap",
-            "torch.load",
-            "torch.save",
             "torch.from_file",
             "np.memmap",
             "numpy.memmap",
         ),
     ),
+    # verify reads the files by other means than lading's own; demo makes a checkpoint for others.
     Forbidden(
-        "the safetensors library",
-        ("checkpoint.torch_files", "verify"),
-        imported("safetensors"),
+        "torch's files",
+        ("checkpoint.files", "checkpoint.torch_files", "verify"),
+        called("torch.load"),
     ),
+    Forbidden("the safetensors library", ("verify", "demo"), imported("safetensors")),
+    # torch_files fills the buffer that a reader was given: bytes, whosever they are.
     Forbidden(
         "writing into tensors",
-        ("writing",),
-        called(".copy_", ".fill_", ".zero_", ".set_", "torch.utils.swap_tensors"),
+        ("writing", "checkpoint.torch_files"),
+        called(".copy_", ".fill_", ".zero_", ".set_"),
     ),
-    Forbidden("addresses of tensors", ("writing", "ledger"), data_ptr),
+    Forbidden("addresses of tensors", ("writing", "ledger", "checkpoint.torch_files"), data_ptr),
     Forbidden("torch.distributed", ("ranks",), imported("torch.distributed")),
     Forbidden("printing", ("cli", "report"), called("print", "sys.stdout.write")),
     Forbidden("assert without a sentence", (), asserts_without_a_sentence),
     Forbidden("hasattr", (), called("hasattr")),
     Forbidden("getattr with a default", (), getattr_with_default),
-    Forbidden("**kwargs of our own", (), own_kwargs),
 ]
 
 
@@ -223,7 +238,7 @@ def test_done_in_its_place_only(case: Forbidden) -> None:
         ("opening files", "import os\nos.open(path, 0)"),
         ("opening files", "Path(a).open()"),
         ("opening files", "(a / b).read_text()"),
-        ("opening files", "torch.load(path)"),
+        ("torch's files", "torch.load(path)"),
         ("the safetensors library", "from safetensors import safe_open"),
         ("writing into tensors", "param.data[2:].copy_(x)"),
         ("writing into tensors", "f(x).zero_()"),
@@ -231,12 +246,11 @@ def test_done_in_its_place_only(case: Forbidden) -> None:
         ("torch.distributed", "import torch.distributed as dist"),
         ("torch.distributed", "def f():\n    from torch import distributed"),
         ("torch.distributed", "import torch\ntorch.distributed.barrier()"),
-        ("torch.distributed", "from torch.distributed import ProcessGroup"),
+        ("torch.distributed", "if TYPE_CHECKING:\n    x\nelse:\n    import torch.distributed"),
         ("printing", "print(1)"),
         ("assert without a sentence", "assert x"),
         ("hasattr", "hasattr(x, 'y')"),
         ("getattr with a default", "getattr(x, 'y', None)"),
-        ("**kwargs of our own", "def f(**kwargs): pass"),
     ],
 )
 def test_what_is_forbidden_is_seen(case: str, source: str) -> None:
@@ -246,7 +260,15 @@ def test_what_is_forbidden_is_seen(case: str, source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["assert x, 'why'", "getattr(x, 'y')", "reader.opened()", "copy.copy(x)", "import torch"],
+    [
+        "assert x, 'why'",
+        "getattr(x, 'y')",
+        "reader.opened()",
+        "copy.copy(x)",
+        "import torch",
+        "if TYPE_CHECKING:\n    from torch.distributed import ProcessGroup",
+        "os.open(os.devnull, os.O_WRONLY)",
+    ],
 )
 def test_what_is_allowed_is_not(source: str) -> None:
     assert [r.id for r in FORBIDDEN if list(r.found(File("x", SRC, ast.parse(source))))] == []
@@ -268,12 +290,20 @@ def test_plans_need_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("file", ROOM_FILES, ids=lambda file: file.name)
-def test_every_file_has_tests(file: File) -> None:
-    """src/lading/x.py: tests/test_x.py; src/lading/x/y.py: tests/x/test_y.py or tests/test_x.py."""
-    if file.path.name == "__init__.py" or file.name in UNTESTED:
-        return
+def own_tests(file: File) -> list[Path]:
+    """src/lading/x.py: tests/test_x.py. src/lading/x/y.py: tests/x/test_y.py, or a test of x.
+
+    A test of x is tests/test_x.py or a file in tests/x, and it has to import x.y by that name.
+    """
     *folders, leaf = file.name.split(".")
-    places = [TESTS.joinpath(*folders, f"test_{leaf}.py")]
-    places += [TESTS / f"test_{folder}.py" for folder in folders]
-    assert any(place.exists() for place in places), f"none of {[str(p) for p in places]}"
+    found = [TESTS.joinpath(*folders, f"test_{leaf}.py")]
+    if folders:
+        others = [TESTS / f"test_{folders[0]}.py", *(TESTS / folders[0]).glob("test_*.py")]
+        found += [o for o in others if o.exists() and f"lading.{file.name} " in o.read_text()]
+    return [path for path in found if path.exists()]
+
+
+def test_every_file_has_tests() -> None:
+    asked = [file for file in ROOM_FILES if file.path.name != "__init__.py"]
+    assert [f.name for f in asked if f.name not in UNTESTED and not own_tests(f)] == []
+    assert set(UNTESTED) <= {file.name for file in asked}, "exceptions for files that are gone"

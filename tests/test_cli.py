@@ -111,8 +111,8 @@ FAILS = [
         ("load", "DIR", "--tp", "4"),
         1,
         "error: TP 4 has 3 problems:\n"
-        "  model.layers.{0..2}.self_attn.qkv_proj, part 'q': TP 4 does not cut 6 q heads into 4 equal "
-        "pieces: 6 = 4 * 1 + 2. Try: TP 1, 2 or 6. (3 layers)\n"
+        "  model.layers.{0..2}.self_attn.qkv_proj, part 'q': TP 4 does not cut 6 q heads into 4 "
+        "equal pieces: 6 = 4 * 1 + 2. Try: TP 1, 2 or 6. (3 layers)\n"
         "  Try: TP 1, 2: there every layer divides.\n",
     ),
 ]
@@ -321,8 +321,8 @@ def test_verify_that_fails(folder: str, monkeypatch: pytest.MonkeyPatch, as_json
     else:
         assert "✗ elements: 1 of 237,216 differ from what safetensors" in result.stdout
         assert result.stderr == (
-            "error: p, part 'k': element [1, 2] is 0.5, needs 0.25 (checkpoint tensor 't'); 1 of the "
-            "rank's 237216 elements differ. In f. On rank 0.\n"
+            "error: p, part 'k': element [1, 2] is 0.5, needs 0.25 (checkpoint tensor 't'); 1 of "
+            "the rank's 237216 elements differ. In f. On rank 0.\n"
         )
 
 

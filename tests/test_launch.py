@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_all(temporary: Path) -> None:
 
 def test_a_rank_that_exits_ends_all() -> None:
     began = time.monotonic()
-    with pytest.raises(RankError, match="ended with exit code 7 and no result.* On rank 1"):
+    with pytest.raises(RankError, match=r"ended with exit code 7 and no result.* On rank 1"):
         launch.run_ranks(rank_1_exits, 2)
     assert time.monotonic() - began < SECONDS
 
@@ -171,7 +171,7 @@ def test_a_signal_to_the_command_ends_all_ranks(tmp_path: Path, number: signal.S
         assert [entry for entry in temporary.iterdir() if entry.name.startswith("lading")] == []
 
 
-# ------------------------------------------------------------------------------------------ preflight
+# -------------------------------------------------------------------------------------- preflight
 
 
 @pytest.fixture(scope="module")
@@ -229,5 +229,5 @@ def test_join_size(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(key, "3")
     assert launch.join_size() == 3
     assert not launch.is_first()
-    with pytest.raises(CallError, match="needs 3 .WORLD_SIZE"):
+    with pytest.raises(CallError, match=r"needs 3 .WORLD_SIZE"):
         launch.run_ranks(places, 2)

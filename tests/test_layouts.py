@@ -315,6 +315,19 @@ def test_straddling_blocks(grain: int, tp_size: int, fused: bool) -> None:
     assert layout.shares_entries
 
 
+def test_straddling_blocks_of_a_padded_part() -> None:
+    """101 rows padded to 128 are 64 a rank, and 5 blocks of 24: rank 1 needs 2:5, so both keep 3."""
+    along = cut(Part(size=101, pad_to=128), grain=24, ragged=True, straddle=True)
+    layout = Layout(cuts=(along,), tp_size=2)
+    sources = sources_of(layout)
+    np.testing.assert_array_equal(local(layout, 0, sources, fused=False), [0, 1, 2])
+    np.testing.assert_array_equal(local(layout, 1, sources, fused=False), [2, 3, 4])
+    assert [layout.offset(None, rank, 0) for rank in range(2)] == [0, 64 - 2 * 24]
+    empty = Layout(cuts=(along,), tp_size=8)
+    assert empty.place(None, 7) is None
+    np.testing.assert_array_equal(local(empty, 7, sources, fused=False), [PADDING, PADDING])
+
+
 def test_straddling_blocks_know_how_their_parts_are_stored() -> None:
     parts = [Part(name="a", size=36), Part(name="b", size=60)]
     layout = Layout(cuts=(cut(*parts, grain=8, straddle=True, ragged=True),), tp_size=2)

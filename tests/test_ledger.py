@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -173,6 +174,16 @@ def test_a_ledger_is_of_one_parameter() -> None:
     assert ledger.kept_by(alias).missing(alias, ()) is not None  # the same memory
     together = Ledger(shared=True)
     assert together.kept_by(one) is together.kept_by(two) is together
+
+
+def test_copies_and_pickles_start_empty() -> None:
+    param, ledger = torch.zeros(6, 4), Ledger()
+    ledger.note(param, box((0, 2), (0, 4)))
+    for new in (copy.deepcopy(ledger), pickle.loads(pickle.dumps(ledger))):
+        assert new.missing(param, ()) is None
+    plain = torch.nn.Parameter(param)
+    vars(plain)["_ledger"] = ledger  # engines copy a parameter's state onto plain ones
+    assert torch.equal(pickle.loads(pickle.dumps(plain)), param)
 
 
 def test_inference_tensors() -> None:

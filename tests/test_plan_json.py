@@ -647,7 +647,7 @@ def test_another_view_has_as_many_elements() -> None:
     value["sources"]["o.weight.data"] |= {"shape": [12, 1], "bytes": [0, 12]}
     with pytest.raises(PlanFileError) as caught:
         plan_from_json(value)
-    text = "bindings[5]: takes [12, 1] as [4, 6], needs as many elements."
+    text = "bindings[6]: takes [12, 1] as [4, 6], needs as many elements."
     assert str(caught.value) == text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -426,6 +426,31 @@ def test_then(data: st.DataObject) -> None:
         run(both, source, found)
     np.testing.assert_array_equal(found, wanted)
     assert (both is None) == (not (wanted >= 0).any())
+
+
+@pytest.mark.parametrize("after", list(permutations(range(3))), ids=str)
+@pytest.mark.parametrize("first", list(permutations(range(3))), ids=str)
+def test_then_of_permutations(first: tuple[int, ...], after: tuple[int, ...]) -> None:
+    """Orders of three dims do not commute, and random ones hardly ever show it."""
+
+    def turn(source: str, target: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> Copy:
+        turned = tuple(shape[axis] for axis in axes)
+        return Copy(
+            source=source,
+            target=target,
+            part=None,
+            source_region=Region.whole(shape),
+            target_region=Region.whole(turned),
+            axes=axes,
+        )
+
+    one = turn("a", "b", (2, 3, 4), first)
+    both = one.then(turn("b", "c", one.target_region.size, after))
+    assert both is not None
+    source = numbered((2, 3, 4))
+    found = np.full(both.target_region.shape, -1)
+    run(both, source, found)
+    np.testing.assert_array_equal(found, source.transpose(first).transpose(after))
 
 
 def test_then_keeps_what_passes_through() -> None:

@@ -105,7 +105,7 @@ def test_spell_bytes(num_bytes: int, text: str) -> None:
 def made_plan(
     tp_size: int, *, ranks: tuple[Ranks, ...] | None = None, stored: str = "BF16"
 ) -> Plan:
-    """Two layers of qkv (6 q heads, 2 KV heads of 4), an embedding of 101 rows, a skipped tensor."""
+    """Two layers of qkv (6 q heads, 2 KV heads of 4), a table of 101 rows, a skipped tensor."""
     qkv, table = Layer.qkv(8, 4, 6, 2), Layer.embedding(101, 8, pad_to=64)
 
     def layout(layer: Layer) -> Layout:

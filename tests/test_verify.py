@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from lading import verify as verify_module
 from lading.demo import write_checkpoint
 from lading.errors import VerifyError
+from lading.layouts import Axis, Cut, Layout, Part
 from lading.pretrained import load_pretrained
 from lading.ranks import Ranks, all_ranks
 from lading.verify import ElementCheck, LogitCheck, compare_logits, verify
@@ -202,3 +204,30 @@ def test_results_need_no_torch() -> None:
     check = ElementCheck(tp_rank=0, num_elements=1, num_mismatches=0, first=None, reader="")
     assert "torch" not in vars(verify_module)
     assert check.error() is None
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("grain", [1, 5, 8, 64, 128])
+def test_cuts_through_block_scales(tp_size: int, is_fused: bool, grain: int) -> None:
+    """The pieces of straddling entries are those of the layout, which is worked out otherwise."""
+    rows = Axis(
+        parts=(
+            Part(name="q", size=12 * 40),
+            Part(name="k", size=2 * 40, max_pieces=2, unit=40),
+        ),
+        name="out_features",
+    )
+    if tp_size % 2 and tp_size > 1:
+        return  # two KV heads are shared by an even number of ranks
+    cut = Cut(axis=rows, grain=Fraction(grain), ragged=True, straddle=True)
+    layout = Layout(cuts=(cut,), tp_size=tp_size, fused_source=is_fused)
+    for ranks in all_ranks(tp_size):
+        for part in ("q", "k"):
+            shape = layout.fused_shape if is_fused else layout.source_shape(part)
+            placement = layout.place(part, ranks.tp_rank, fused_source=is_fused)
+            assert placement is not None
+            (start,), (size,) = placement.source.start, placement.source.size
+            whole = torch.arange(shape[0])
+            found = verify_module._cut(whole, layout, part, ranks, is_fused=is_fused)
+            assert found.tolist() == list(range(start, start + size))

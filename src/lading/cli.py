@@ -24,7 +24,7 @@ import typer
 from lading.errors import MAX_PRINTED_PROBLEMS, LadingError, PlanError
 
 if TYPE_CHECKING:
-    from lading.models import ModelConfig
+    from lading.checkpoint import Checkpoint
     from lading.report import Block, Look
     from lading.verify import RankCheck
 
@@ -280,30 +280,29 @@ def inspect(path: Dir, as_json: Json = False) -> None:
         from lading.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(path)
-        facts, config = _facts(checkpoint.config)
+        facts, sizes = _facts(checkpoint)
         if not as_json:
             shown = [(key, str(value)) for key, value in facts.items() if value is not None]
             _show(report.inspect_report(checkpoint, shown))
         value = report.inspect_json(checkpoint)
         value["config"] = facts
-        value["tp_sizes"] = _tp_sizes(config)
+        value["tp_sizes"] = sizes
         return True, value
 
     _run("inspect", work, as_json)
 
 
-def _facts(raw: Any) -> tuple[dict[str, Any], ModelConfig | None]:
-    """What config.json declares, or why lading cannot say; the config where it is a known one."""
-    from lading import dtypes, models
+def _facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[int] | None]:
+    """What config.json declares, or why lading cannot say; the TP sizes where it can."""
+    from lading import dtypes, launch, models
 
-    if raw is None:
+    if checkpoint.config is None:
         return {"missing": "there is no config.json: plan, load and verify need one"}, None
     try:
-        config = models.parse_config(raw)
+        config = models.parse_config(checkpoint.config)
     except LadingError as error:
         return {"problem": str(error)}, None
-    sizes = ", ".join(map(str, _tp_sizes(config) or ()))
-    return {
+    facts = {
         "family": config.family,
         "layers": config.num_layers,
         "hidden size": config.hidden_size,
@@ -314,14 +313,12 @@ def _facts(raw: Any) -> tuple[dict[str, Any], ModelConfig | None]:
         "tied embeddings": "yes" if config.tie_word_embeddings else "no",
         "dtype": None if config.dtype is None else dtypes.printed(config.dtype),
         "quantization": (config.quantization or {}).get("quant_method"),
-        "TP sizes": sizes,
-    }, config
-
-
-def _tp_sizes(config: ModelConfig | None) -> list[int] | None:
-    from lading import models
-
-    return list(models.tp_sizes(config)) if config is not None else None
+    }
+    try:
+        sizes = list(launch.tp_sizes(checkpoint, config))
+    except LadingError as error:
+        return {**facts, "problem": str(error)}, None
+    return {**facts, "TP sizes": ", ".join(map(str, sizes)) or "none up to 64"}, sizes
 
 
 # ----------------------------------------------------------------------------------------- running

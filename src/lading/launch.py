@@ -25,7 +25,7 @@ from multiprocessing import connection, get_all_start_methods, get_context, pare
 from typing import TYPE_CHECKING, Any
 
 from lading import ranks as ranks_module
-from lading.errors import CallError, ConfigError, LadingError, PlanError, RankError
+from lading.errors import CallError, ConfigError, LadingError, LayoutError, PlanError, RankError
 from lading.ranks import Ranks, all_ranks
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "load_rank",
     "preflight",
     "run_ranks",
+    "tp_sizes",
     "warm_up",
 ]
 
@@ -77,6 +78,7 @@ def preflight(path: str, ranks: Sequence[Ranks], *, dtype: str | None = None) ->
     from lading import models
     from lading.checkpoint import open_checkpoint
     from lading.plan import make_plan
+    from lading.schemes import quant_config_of
 
     checkpoint = open_checkpoint(path)
     if checkpoint.config is None:
@@ -88,16 +90,41 @@ def preflight(path: str, ranks: Sequence[Ranks], *, dtype: str | None = None) ->
         )
     config = models.parse_config(checkpoint.config)
     code = dtype or config.dtype or _most_common_dtype(checkpoint)
-    tp_size = ranks[0].tp_size
+    tp_size, names = ranks[0].tp_size, models.FAMILIES[config.family].names
+    quant_config = quant_config_of(checkpoint, names)
     try:
-        targets = models.targets(models.declare(config), tp_size, code)
+        targets = models.targets(models.declare(config), tp_size, code, quant_config)
     except PlanError as error:
-        sizes = models.tp_sizes(config, max(64, tp_size))
-        error.hint = f"TP {', '.join(map(str, sizes))}: there every layer divides"
+        if all(isinstance(problem, LayoutError) for problem in error.problems):
+            sizes = ", ".join(map(str, tp_sizes(checkpoint, config)))
+            error.hint = f"TP {sizes}: there every layer divides" if sizes else None
         raise
-    names = models.FAMILIES[config.family].names
     plan = make_plan(targets, checkpoint.tensors, ranks=ranks, names=names)
     return Preflight(checkpoint=checkpoint, config=config, plan=plan)
+
+
+def tp_sizes(checkpoint: Checkpoint, config: ModelConfig, up_to: int = 64) -> tuple[int, ...]:
+    """The tensor-parallel sizes at which every layer divides, as it is stored.
+
+    Raises a LadingError where what is stored fits no scheme.
+    """
+    from lading import models
+    from lading.schemes import quant_config_of
+
+    sizes = models.tp_sizes(config, up_to)
+    quant_config = quant_config_of(checkpoint, models.FAMILIES[config.family].names)
+    if quant_config is None:
+        return sizes
+    declaration, found = models.declare(config), []
+    for size in sizes:
+        try:
+            models.targets(declaration, size, "BF16", quant_config)
+        except PlanError as error:
+            if not all(isinstance(problem, LayoutError) for problem in error.problems):
+                raise
+        else:
+            found.append(size)
+    return tuple(found)
 
 
 def _most_common_dtype(checkpoint: Checkpoint) -> str:

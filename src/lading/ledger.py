@@ -133,6 +133,10 @@ class Ledger:
             self._notes = {reordered(r, order): part for r, part in self._notes.items()}
             self._memory = _Memory.of(param)
 
+    def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
+        # What was written was written into this memory, in this process: a copy starts empty.
+        return Ledger, ()
+
     def _refresh(self, param: torch.Tensor) -> None:
         if self._memory is not None and self._memory != _Memory.of(param):
             self.start()

@@ -13,7 +13,7 @@ in a checkpoint that is fused on disk.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lading.errors import DeclarationError
@@ -66,13 +66,23 @@ class Names:
     renames  (regular expression, replacement) pairs, applied in order with re.sub to a parameter's
              name to get the checkpoint's; none by default: names are equal
     skips    checkpoint tensors to leave alone, with the reason
+    others   (regular expression, rules) pairs for files in which some tool spelt the names in its own
+             way: the rules count where the expression matches the whole name of a tensor
     """
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_FUSED))
     renames: tuple[tuple[str, str], ...] = ()
     skips: tuple[SkipRule, ...] = DEFAULT_SKIPS
+    others: tuple[tuple[str, Names], ...] = ()
 
     def __post_init__(self) -> None:
+        for pattern, _ in self.others:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise DeclarationError(
+                    f"{pattern!r} is no regular expression: {error}", subject="other names"
+                ) from None
         for pattern, replacement in self.renames:
             try:
                 re.sub(pattern, replacement, "")
@@ -89,6 +99,17 @@ class Names:
         mapping = dict(DEFAULT_FUSED)
         mapping.update({name: tuple(parts) for name, parts in (fused or {}).items()})
         return Names(fused=mapping, skips=(*DEFAULT_SKIPS, *skips))
+
+    def fitting(self, tensors: Collection[str]) -> Names:
+        """The rules in which a checkpoint is spelt: the first of `others` with a match, else these.
+
+        tensors   the names of all its tensors
+        """
+        for pattern, names in self.others:
+            matches = re.compile(pattern).fullmatch
+            if any(matches(name) for name in tensors):
+                return names
+        return self
 
     def whole(self, target: str) -> str:
         """The checkpoint's name of a parameter that is stored as one tensor."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lading import dtypes
 from lading.checkpoint import Checkpoint, Source
 from lading.plan import Binding, Plan, Share, Target
+from lading.specs import Constant
 
 if TYPE_CHECKING:
     from lading.launch import RankLoad
@@ -58,6 +59,12 @@ __all__ = [
 ]
 
 Row = tuple[str, ...]
+
+_CONSTANTS: Mapping[Constant, str] = {
+    Constant.SHAPE: "has to be the layer's own sizes",
+    Constant.GROUP_INDEX: "has to number the groups in order",
+    Constant.ZERO: "has to be zero",
+}
 
 MAX_FOLD_LINES = 12
 """How many lines a note (casts, padding, skipped tensors) takes before it says how many more."""
@@ -257,17 +264,23 @@ def proof_block(plan: Plan) -> tuple[Block, ...]:
 
 def proof_lines(plan: Plan) -> tuple[str, str]:
     """What it says of the parameters, and what of the checkpoint."""
-    num_elements = sum(prod(target.layout.local_shape) for target in plan.targets)
+    parameters = _parameters(plan)
+    num_elements = sum(prod(target.layout.local_shape) for target in parameters)
     num_ranks = len(plan.shares)
     on = f" on {num_ranks} ranks" if num_ranks > 1 else f" on {plan.shares[0].ranks}"
     if plan.tp_size == 1:
         on = ""
     used, skipped = len(plan.sources), len(plan.skipped)
     return (
-        f"{num_elements * num_ranks:,} elements in {count_of(len(plan.targets), 'parameter')}{on}: "
+        f"{num_elements * num_ranks:,} elements in {count_of(len(parameters), 'parameter')}{on}: "
         "each written exactly once",
         f"{count_of(used + skipped, 'checkpoint tensor')}: {used:,} used, {skipped:,} skipped",
     )
+
+
+def _parameters(plan: Plan) -> tuple[Target, ...]:
+    """The targets that are filled; the others are compared and not kept."""
+    return tuple(target for target in plan.targets if target.expected is None)
 
 
 def plan_report(plan: Plan, *, look: Look, title: str, one_rank: bool) -> tuple[Block, ...]:
@@ -380,7 +393,7 @@ def _sections(
     for binding in plan.bindings:
         bindings.setdefault(binding.target, []).append(binding)
     flat: list[Row] = []
-    for target in plan.targets:
+    for target in _parameters(plan):
         found = [row for binding in bindings[target.name] for row in rows(target, binding)]
         note = dtypes.spell(target.dtype, target.layout.local_shape)
         aliases = ", ".join(target.aliases)
@@ -447,6 +460,8 @@ def notes(plan: Plan) -> tuple[Block, ...]:
     ties = [(tie.target, tie.source, tie.twin) for tie in plan.ties]
     tied = "tied, both tensors are read and have to be equal:"
     note(tied, _folded_lines(ties, lambda row: f"{row[0]}: {row[1]}, {row[2]}"))
+    checks = [(check.source, _CONSTANTS[check.constant]) for check in plan.checks()]
+    note("read and compared, not kept:", _folded_lines(checks, lambda row: f"{row[0]}: {row[1]}"))
     skipped = [(one.source, one.reason) for one in plan.skipped]
     note("skipped:", _folded_lines(skipped, lambda row: f"{row[0]}: {row[1]}"))
     return tuple(found)
@@ -456,8 +471,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """The numbers of a plan, for --json; the plan itself is `plan_json.plan_to_json`'s."""
     return {
         "tp_size": plan.tp_size,
-        "num_parameters": len(plan.targets),
-        "num_elements": sum(prod(target.layout.local_shape) for target in plan.targets),
+        "num_parameters": len(_parameters(plan)),
+        "num_elements": sum(prod(target.layout.local_shape) for target in _parameters(plan)),
         "parameter_bytes": plan.parameter_bytes(),
         "checkpoint_bytes": plan.checkpoint_bytes(),
         "num_tensors_used": len(plan.sources),
@@ -476,6 +491,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "skipped": [{"tensor": one.source, "reason": one.reason} for one in plan.skipped],
         "ties": [
             {"parameter": tie.target, "tensor": tie.source, "twin": tie.twin} for tie in plan.ties
+        ],
+        "compared": [
+            {"tensor": check.source, "constant": check.constant.value} for check in plan.checks()
         ],
         "digest": plan.digest,
         "proof": proof(plan),

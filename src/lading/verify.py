@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from math import lcm
+from math import ceil, lcm
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lading import ranks as ranks_module
@@ -163,6 +163,10 @@ def verify_rank(
     del model
     if logits is False:
         check = LogitCheck(compared=False, reason="not asked for")
+    elif logits is None and config.quantization is not None:
+        check = LogitCheck(
+            compared=False, reason="the checkpoint is quantised (--logits compares anyway)"
+        )
     elif logits is None and loaded.checkpoint_bytes > MAX_LOGIT_BYTES:
         check = LogitCheck(
             compared=False, reason="the checkpoint is larger than 4 GB (--logits compares anyway)"
@@ -259,7 +263,7 @@ def _compare(
     num_mismatches, first, found = 0, None, False
     for name in names:
         at = 0
-        for part, stored, expected in _pieces(name, layout, files, rules, ranks):
+        for part, stored, expected in _pieces(name, tensor, layout, files, rules, ranks):
             found = True
             dim = layout.fused_dim or 0
             size = expected.shape[dim] if expected.dim() else 0
@@ -304,50 +308,96 @@ def _layout_of(tensor: torch.Tensor, ranks: Ranks) -> Layout:
 
 
 def _pieces(
-    name: str, layout: Layout, files: _Files, rules: Names, ranks: Ranks
+    name: str, tensor: torch.Tensor, layout: Layout, files: _Files, rules: Names, ranks: Ranks
 ) -> Iterator[tuple[PartName, str, torch.Tensor]]:
     """(part, checkpoint tensor, what this rank should hold of it), part by part."""
-    import torch
-
+    leaf, is_viewed = _stored_as(tensor)
+    if leaf:
+        name = f"{name.rpartition('.')[0]}.{leaf}"
     parts = layout.part_names
     whole = rules.whole(name)
     if whole in files.files:
-        tensor = files.tensor(whole)
-        dim = layout.fused_dim
-        if dim is None:
-            yield parts[0], whole, _cut(tensor, layout, parts[0], ranks)
-            return
-        cut = layout.cuts[dim]
-        sizes = [int(part.size / cut.grain) for part in cut.axis.parts]
-        for part, one in zip(parts, torch.split(tensor, sizes, dim), strict=True):
-            yield part, whole, _cut(one, layout, part, ranks)
+        full = files.tensor(whole)
+        full = full.reshape(layout.fused_shape) if is_viewed else full
+        for part in parts:
+            yield part, whole, _cut(full, layout, part, ranks, is_fused=len(parts) > 1)
         return
-    stored = rules.parts(name, len(parts)) if len(parts) > 1 else None
+    stored = rules.parts(name, len(parts), leaf) if len(parts) > 1 else None
     if stored is None or not all(one in files.files for one in stored):
         return
-    for part, one_name in zip(parts, stored, strict=True):
-        yield part, one_name, _cut(files.tensor(one_name), layout, part, ranks)
+    for part, one in zip(parts, stored, strict=True):
+        full = files.tensor(one)
+        full = full.reshape(layout.source_shape(part)) if is_viewed else full
+        yield part, one, _cut(full, layout, part, ranks, is_fused=False)
 
 
-def _cut(tensor: torch.Tensor, layout: Layout, name: PartName, ranks: Ranks) -> torch.Tensor:
-    """The rank's piece of a full part: padded with zeros, then one chunk along each dim."""
+def _stored_as(tensor: torch.Tensor) -> tuple[str, bool]:
+    """(what the checkpoint calls it where not as the model, whether it is another view there)."""
+    from lading.parameter import BasevLLMParameter
+
+    if not isinstance(tensor, BasevLLMParameter):
+        return "", False
+    return tensor.stored_leaf, tensor.stored_shape is not None
+
+
+def _cut(
+    tensor: torch.Tensor, layout: Layout, name: PartName, ranks: Ranks, *, is_fused: bool
+) -> torch.Tensor:
+    """The rank's piece of a part: padded with zeros, then one chunk along each dim.
+
+    is_fused   the tensor has all parts side by side
+    """
     import torch
 
     if tensor.dim() == 0 and len(layout.cuts) == 1:
         tensor = tensor.reshape(1)
     for dim, cut in enumerate(layout.cuts):
         part = _part(cut, name)
-        num_pieces = min(ranks.tp_size, part.max_pieces or ranks.tp_size)
+        has_others = is_fused and len(cut.axis.parts) > 1 and not cut.axis.scalars
+        if cut.straddle:
+            first, last = _straddling(cut, part, ranks, is_fused=has_others)
+            tensor = tensor.narrow(dim, first, last - first)
+            continue
+        if has_others:
+            sizes = [ceil(one.size / cut.grain) for one in cut.axis.parts]
+            tensor = torch.split(tensor, sizes, dim)[cut.axis.parts.index(part)]
         if part.pad_to:
-            padding = -part.size % lcm(part.pad_to, ranks.tp_size)
             shape = list(tensor.shape)
-            shape[dim] = int(padding / cut.grain)
-            tensor = torch.cat([tensor, torch.zeros(shape, dtype=tensor.dtype)], dim)
+            shape[dim] = int(_padding(part, ranks) / cut.grain)
+            tensor = torch.cat([tensor, tensor.new_zeros(shape)], dim)
+        num_pieces = _num_pieces(part, ranks)
         chunks = torch.chunk(tensor, num_pieces, dim)
         if len(chunks) != num_pieces or len({chunk.shape for chunk in chunks}) > 1:
             raise VerifyError(f"{tensor.shape[dim]} entries are not {num_pieces} equal pieces")
         tensor = chunks[ranks.tp_rank // (ranks.tp_size // num_pieces)]
     return tensor
+
+
+def _num_pieces(part: Part, ranks: Ranks) -> int:
+    return min(ranks.tp_size, part.max_pieces or ranks.tp_size)
+
+
+def _padding(part: Part, ranks: Ranks) -> int:
+    return -part.size % lcm(part.pad_to, ranks.tp_size) if part.pad_to else 0
+
+
+def _straddling(cut: Cut, part: Part, ranks: Ranks, *, is_fused: bool) -> tuple[int, int]:
+    """The stored entries, first to last + 1, that have an element of the rank's piece; every rank
+    keeps as many as the one with most.
+    """
+    grain, num_pieces = int(cut.grain), _num_pieces(part, ranks)
+    before = cut.axis.parts[: cut.axis.parts.index(part)] if is_fused else ()
+    base, whole = sum(one.size for one in before), cut.axis.size if is_fused else part.size
+    length = (part.size + _padding(part, ranks)) // num_pieces
+    touched: list[set[int]] = []
+    for piece in range(num_pieces):
+        elements = range(base + piece * length, base + min((piece + 1) * length, part.size))
+        touched.append({element // grain for element in elements})
+    count = max(map(len, touched))
+    mine = touched[ranks.tp_rank // (ranks.tp_size // num_pieces)]
+    num_entries = ceil(whole / grain)
+    first = min(min(mine, default=num_entries), num_entries - count)
+    return first, first + count
 
 
 def _part(cut: Cut, name: PartName) -> Part:

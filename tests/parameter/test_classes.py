@@ -328,6 +328,10 @@ def test_on_meta() -> None:
 
 
 def test_in_inference_mode() -> None:
+    outside = ModelWeightParameter(data=torch.zeros(2, 2), input_dim=1, output_dim=0)
+    with torch.inference_mode():
+        outside.load_column_parallel_weight(torch.ones(2, 2))
+    outside.load_column_parallel_weight(torch.ones(2, 2))
     with torch.inference_mode():
         param = ModelWeightParameter(data=torch.zeros(2, 2), input_dim=1, output_dim=0)
         param.load_column_parallel_weight(torch.ones(2, 2))

@@ -92,7 +92,9 @@ def decode(
         place = layout.place(part, rank)
         assert place is not None
         piece = tensors[spec.name].reshape(shape)
-        for dim, (start, size) in enumerate(zip(place.source.start, place.source.size, strict=True)):
+        for dim, (start, size) in enumerate(
+            zip(place.source.start, place.source.size, strict=True)
+        ):
             piece = piece.narrow(dim, start, size)
             offsets[spec.name, dim] = layout.offset(part, rank, dim)
         kept[spec.name] = piece

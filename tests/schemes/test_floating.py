@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,9 +43,10 @@ def codes(shape: tuple[int, ...], top: int = 256) -> torch.Tensor:
     return torch.from_numpy(np.where(values & 0x7F == 0x7F, 0, values).astype(np.uint8))
 
 
-def decoded(weight: torch.Tensor, scale_at: object, *, divide: bool = False) -> torch.Tensor:
+def decoded(
+    weight: torch.Tensor, scale_at: Callable[[int, int], float], *, divide: bool = False
+) -> torch.Tensor:
     """Each byte by itself, times the scale of its place."""
-    assert callable(scale_at)
     outputs, inputs = weight.shape
     result = torch.zeros(outputs, inputs)
     for n in range(outputs):
@@ -53,7 +56,7 @@ def decoded(weight: torch.Tensor, scale_at: object, *, divide: bool = False) -> 
     return result
 
 
-FP8_CASES = {
+FP8_CASES: dict[str, tuple[ScaleLayout, tuple[int, ...], Callable[[int, int], Any]]] = {
     "[]": (TENSOR, (), lambda n, k: ()),
     "[1]": (TENSOR, (1,), lambda n, k: (0,)),
     "[O]": (CHANNEL, (20,), lambda n, k: (n,)),
@@ -96,6 +99,19 @@ def test_blocks_of_a_fused_module_go_through_its_cuts() -> None:
     found = found_of(tensors, 20, 24, fused=True)
     layer = Layer.column(24, [12, 8], names=["gate", "up"])
     check_cuts(scheme, layer, found, tensors, (1, 2, 4))
+
+
+def test_the_one_scale_of_a_fused_module_is_that_of_each_part() -> None:
+    scheme, weight = Fp8(layout=TENSOR), codes((20, 24))
+    tensors = {
+        "weight": weight.view(torch.float8_e4m3fn),
+        "weight_scale": torch.tensor([0.3]),
+        "input_scale": torch.tensor([2.0]),
+    }
+    found = found_of(tensors, 20, 24, fused=True)
+    layer = Layer.column(24, [12, 8], names=["gate", "up"])
+    check_cuts(scheme, layer, found, tensors, (1, 2, 4))
+    assert [layer.layout(s, 2).local_shape for s in scheme.specs(layer, found)[1:]] == [(2,), (2,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])

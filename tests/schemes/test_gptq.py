@@ -1,3 +1,5 @@
+"""GPTQ: real checkpoints, random bits against a slow decoder, configs and contradictions."""
+
 from __future__ import annotations
 
 import json
@@ -13,8 +15,15 @@ from lading.schemes.base import PartView
 from lading.schemes.gptq import Container, Gptq, parse_gptq
 from lading.schemes.marlin import Marlin, Marlin24
 from lading.specs import Along, Constant
-
-from .stored_modules import FIXTURES, Module, assert_cuts, fixture_modules, layer_of, module_of, pieces
+from tests.schemes.stored_modules import (
+    FIXTURES,
+    Module,
+    assert_cuts,
+    fixture_modules,
+    layer_of,
+    module_of,
+    pieces,
+)
 
 FOLDERS = [
     "gptq-phi3-w4-g64",
@@ -59,8 +68,10 @@ def slowly(tensors: dict[str, torch.Tensor], scheme: Gptq) -> torch.Tensor:
     return weight
 
 
-def made(scheme: Gptq, outputs: int, inputs: int, *, index: bool = True) -> Module:
-    """A module of random bits."""
+def made(
+    scheme: Gptq, outputs: int, inputs: int, *, index: bool = True, decode: bool = False
+) -> Module:
+    """A module of random bits; of zero weights where they are not wanted."""
     torch.manual_seed(0)
     groups = 1 if scheme.group_size == -1 else -(-inputs // scheme.group_size)
     tensors = {
@@ -72,7 +83,8 @@ def made(scheme: Gptq, outputs: int, inputs: int, *, index: bool = True) -> Modu
     if index:
         order = torch.randperm(inputs) if scheme.act_order else torch.arange(inputs)
         tensors["g_idx"] = (order // size).int()
-    return module_of("model.layers.0.mlp.down_proj", tensors, slowly(tensors, scheme))
+    weight = slowly(tensors, scheme) if decode else torch.zeros(outputs, inputs)
+    return module_of("model.layers.0.mlp.down_proj", tensors, weight)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -115,7 +127,7 @@ SYNTHETIC = [
 
 @pytest.mark.parametrize("scheme", SYNTHETIC, ids=lambda s: f"{s.name}, v{2 - s.zeros_minus_one}")
 def test_random_bits_in_odd_sizes(scheme: Gptq) -> None:
-    module = made(scheme, 96, 160)
+    module = made(scheme, 96, 160, decode=True)
     for tp_size in (1, 5):
         assert_cuts(Layer.row(160, 96), scheme, module, tp_size)
     for tp_size in (1, 3):
@@ -124,7 +136,7 @@ def test_random_bits_in_odd_sizes(scheme: Gptq) -> None:
 
 def test_the_last_group_may_be_short() -> None:
     scheme = Gptq(bits=4, group_size=64)
-    module = made(scheme, 24, 96)
+    module = made(scheme, 24, 96, decode=True)
     assert module.tensors["scales"].shape == (2, 24)
     assert_cuts(Layer.column(96, [24]), scheme, module, 3)
     with pytest.raises(LayoutError, match="one scale covers a group of 64 inputs"):
@@ -134,7 +146,7 @@ def test_the_last_group_may_be_short() -> None:
 def test_fused_parts_with_neighbours_sharing_kv_heads() -> None:
     scheme = Gptq(bits=4, group_size=32)
     layer = Layer.qkv(64, 16, 4, 2)
-    module = made(scheme, layer.output.size, 64)
+    module = made(scheme, layer.output.size, 64, decode=True)
     module = replace(module, found=replace(module.found, fused=True))
     for tp_size in (1, 2, 4):
         assert_cuts(layer, scheme, module, tp_size)
@@ -219,9 +231,9 @@ def test_dynamic_rules_count_in_order_from_the_beginning_of_the_name() -> None:
     with pytest.raises(ConfigError) as caught:
         scheme_for("model.layers.1.mlp.down_proj", module)
     assert str(caught.value) == (
-        'model.layers.1.mlp.down_proj: config.json says that it is not quantised (dynamic "-:.*layers'
-        '\\.1\\."), the checkpoint has qweight int32[16, 32], qzeros int32[1, 8], scales fp16[1, 32], '
-        "g_idx int32[64]; needs a weight of the model's dtype. In model.safetensors."
+        'model.layers.1.mlp.down_proj: config.json says that it is not quantised (dynamic "-:'
+        '.*layers\\.1\\."), the checkpoint has qweight int32[16, 32], qzeros int32[1, 8], scales '
+        "fp16[1, 32], g_idx int32[64]; needs a weight of the model's dtype. In model.safetensors."
     )
 
 
@@ -326,8 +338,8 @@ IMPOSSIBLE = [
     ),
     (
         {"dynamic": {"+:a": {"format": "gptq_v2"}}},
-        "quantization_config.dynamic['+:a'].format: is \"gptq_v2\", needs no other layout than that "
-        "of the whole checkpoint.",
+        "quantization_config.dynamic['+:a'].format: is \"gptq_v2\", needs no other layout than "
+        "that of the whole checkpoint.",
     ),
 ]
 
@@ -342,8 +354,8 @@ def test_impossible_configs(changes: dict[str, Any], text: str) -> None:
 CONTRADICTIONS = [
     (
         {"bits": 8},
-        "checkpoint tensor 'a.qweight' is int32[32, 256], needs int32[64, 256] (256 outputs and 256 "
-        "inputs of the layer; config.json: GPTQ int8, groups of 32). In model.safetensors.",
+        "checkpoint tensor 'a.qweight' is int32[32, 256], needs int32[64, 256] (256 outputs and "
+        "256 inputs of the layer; config.json: GPTQ int8, groups of 32). In model.safetensors.",
     ),
     (
         {"group_size": 64},

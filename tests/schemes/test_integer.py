@@ -41,7 +41,7 @@ def int32(values: Ints) -> torch.Tensor:
 
 
 class Made:
-    """A packed module of random codes, scales and zero points, and its weight decoded one by one."""
+    """A packed module of random codes, scales and zero points; its weight, decoded one by one."""
 
     def __init__(self, scheme: PackedInt, outputs: int, inputs: int) -> None:
         random = np.random.default_rng(outputs * 1000 + inputs * 10 + scheme.bits)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lading.models.config import ModelConfig, parse_config
+from lading.models.config import ExpertsConfig, ModelConfig, parse_config
 from lading.models.declaration import Declaration, declare, targets, tp_sizes
-from lading.models.families import FAMILIES, Family
+from lading.models.families import FAMILIES, Experts, Family
 from lading.models.rope_config import RopeConfig
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ __all__ = [
     "FAMILIES",
     "CausalLM",
     "Declaration",
+    "Experts",
+    "ExpertsConfig",
     "Family",
     "ModelConfig",
     "RopeConfig",

@@ -44,12 +44,14 @@ def build_layer(
     dtype: torch.dtype,
     head: bool = False,
     quant_config: QuantConfig | None = None,
+    reduce_results: bool = True,
 ) -> ParallelLayer:
     """The module of a layer, one rank's share of it.
 
     prefix   its qualified name
     head     a vocabulary layer gives logits instead of taking ids
     quant_config   chooses the layer's scheme; None = dense
+    reduce_results a row-parallel layer sums over the ranks; else its caller does
     Raises a LayoutError, with the prefix, where the layer does not divide.
 
     Example: Layer.qkv(96, 16, 6, 2) gives a QKVParallelLinear of 6 q heads and 2 KV heads of 16.
@@ -62,6 +64,7 @@ def build_layer(
         dtype=dtype,
         head=head,
         quant_config=quant_config,
+        reduce_results=reduce_results,
     )
     assert built.layer == layer, f"{prefix} was built from other sizes than it declares"
     return built
@@ -76,6 +79,7 @@ def _module(
     dtype: torch.dtype,
     head: bool,
     quant_config: QuantConfig | None,
+    reduce_results: bool,
 ) -> ParallelLayer:
     inputs, bias, parts = layer.input.size, layer.bias, layer.output.parts
     if layer.kind is Kind.EMBEDDING:
@@ -119,9 +123,21 @@ def _module(
             ranks=ranks,
             group=group,
         )
-    plain: type[ColumnParallelLinear | RowParallelLinear | ReplicatedLinear] = {
+    if layer.kind is Kind.ROW:
+        return RowParallelLinear(
+            inputs,
+            layer.output.size,
+            bias=bias,
+            params_dtype=dtype,
+            reduce_results=reduce_results,
+            quant_config=quant_config,
+            prefix=prefix,
+            return_bias=False,
+            ranks=ranks,
+            group=group,
+        )
+    plain: type[ColumnParallelLinear | ReplicatedLinear] = {
         Kind.COLUMN: ColumnParallelLinear,
-        Kind.ROW: RowParallelLinear,
         Kind.REPLICATED: ReplicatedLinear,
     }[layer.kind]
     return plain(
@@ -189,8 +205,11 @@ class Builder:
     eps: float
     quant_config: QuantConfig | None = None
 
-    def layer(self, kind: type[_L], path: str) -> _L:
-        """The layer declared at a path; `kind` is the class that its declaration comes out as."""
+    def layer(self, kind: type[_L], path: str, *, reduce_results: bool = True) -> _L:
+        """The layer declared at a path; `kind` is the class that its declaration comes out as.
+
+        reduce_results   as of `build_layer`
+        """
         layer = self.entries[path]
         assert isinstance(layer, Layer), f"{path} is declared as a vector"
         built = build_layer(
@@ -201,6 +220,7 @@ class Builder:
             dtype=self.dtype,
             head=issubclass(kind, ParallelLMHead),
             quant_config=self.quant_config,
+            reduce_results=reduce_results,
         )
         assert isinstance(built, kind), f"{path} is declared as {type(built).__name__}"
         return built

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lading.errors import ConfigError, PlanError
-from lading.models.families import FAMILIES, Family, Flag, Windows
+from lading.models.families import FAMILIES, Experts, Family, Flag, Windows
 from lading.models.reading import Reader, spell
 from lading.models.rope_config import RopeConfig, read_rope
 
-__all__ = ["ModelConfig", "parse_config"]
+__all__ = ["ExpertsConfig", "ModelConfig", "parse_config"]
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -29,6 +29,26 @@ SIZES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """The experts of a model's layers: small MLPs, of which each token goes through a few.
+
+    layers             one a layer: whether it has experts, and not one MLP for all tokens
+    per_token          how many experts a token goes through
+    intermediate_size  of each expert
+    normalised         the weights of a token's experts add up to 1
+    block, down        names of the modules: of router and experts, of an expert's second layer
+    """
+
+    layers: tuple[bool, ...]
+    num_experts: int
+    per_token: int
+    intermediate_size: int
+    normalised: bool
+    block: str
+    down: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder of a known family. Made by `parse_config` alone.
 
@@ -38,6 +58,7 @@ class ModelConfig:
     qk_norm           q and k are normalised head by head
     rope              the rotary embedding
     sliding_windows   one a layer: how many tokens it looks back on, itself included; None = all
+    experts           None where every layer has one MLP
     dtype             of the weights, in the safetensors spelling; None where the file does not say
     quantization      the file's `quantization_config` as it is, None where it has none
     """
@@ -59,8 +80,13 @@ class ModelConfig:
     rope: RopeConfig
     max_position: int
     sliding_windows: tuple[int | None, ...]
+    experts: ExpertsConfig | None = None
     dtype: str | None = None
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The experts of a layer, None where it has one MLP."""
+        return self.experts if self.experts is not None and self.experts.layers[layer] else None
 
 
 def parse_config(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelConfig:
@@ -106,6 +132,7 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelC
         rope=read_rope(reader, family, head_dim=head_dim, max_position=max_position),
         max_position=max_position,
         sliding_windows=_windows(reader, family, sizes["num_hidden_layers"]),
+        experts=_experts(reader, family.experts, sizes["num_hidden_layers"]),
         dtype=dtype,
         quantization=quantization,
     )
@@ -187,25 +214,55 @@ def _head_dim(reader: Reader, family: Family) -> int:
     return max(1, hidden // heads)
 
 
-def _dtype(reader: Reader) -> str | None:
-    """From `dtype` or, before transformers 5, `torch_dtype`; if both are there they agree."""
-    found: dict[str, str] = {}
-    for key in ("dtype", "torch_dtype"):
-        value = reader.raw.get(key)
-        if value is None:
-            continue
-        code = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
-        if code is None:
-            reader.note(key, f"is {spell(value)}, needs one of: {', '.join(DTYPES)}")
-        else:
-            found[key] = code
-    if len(set(found.values())) > 1:
-        values = reader.raw
+def _experts(reader: Reader, experts: Experts | None, num_layers: int) -> ExpertsConfig | None:
+    if experts is None:
+        return None
+    num_experts = _num_experts(reader, experts.num_experts)
+    per_token = reader.integer("num_experts_per_tok", experts.num_experts_per_tok)
+    if per_token > num_experts and reader.sound("num_experts", "num_local_experts"):
         reader.note(
-            "torch_dtype",
-            f"is {spell(values['torch_dtype'])}, needs {spell(values['dtype'])} (the file's dtype)",
+            "num_experts_per_tok", f"is {per_token}, needs at most {num_experts} (all experts)"
         )
-    return next(iter(found.values()), None)
+    step, dense = 1, tuple[int, ...]()
+    if experts.choosable:
+        step = reader.integer("decoder_sparse_step", 1)
+        if reader.sound("num_hidden_layers"):
+            dense = reader.integers("mlp_only_layers", num_layers, "num_hidden_layers")
+    return ExpertsConfig(
+        layers=tuple((i + 1) % step == 0 and i not in dense for i in range(num_layers)),
+        num_experts=num_experts,
+        per_token=per_token,
+        intermediate_size=reader.integer(experts.size_key, experts.size),
+        normalised=_flag(reader, experts.normalised),
+        block=experts.block,
+        down=experts.down,
+    )
+
+
+def _num_experts(reader: Reader, default: int) -> int:
+    """From `num_experts` or `num_local_experts`, which are one key to transformers."""
+    keys = ("num_experts", "num_local_experts")
+    found = {key: reader.integer(key) for key in keys if reader.given(key)}
+    if len(set(found.values())) > 1 and reader.sound(*keys):
+        one, other = found.values()
+        reader.note(keys[0], f"is {one}, needs {other} (num_local_experts, the same number)")
+    return next(iter(found.values()), default)
+
+
+def _dtype(reader: Reader) -> str | None:
+    """From `dtype` or, where there is none, `torch_dtype`, its name before transformers 5.
+
+    Where both are there the older one does not count: quantisers leave it in the file while they
+    write another dtype.
+    """
+    key = next((key for key in ("dtype", "torch_dtype") if reader.given(key)), None)
+    if key is None:
+        return None
+    value = reader.raw[key]
+    code = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    if code is None:
+        reader.note(key, f"is {spell(value)}, needs one of: {', '.join(DTYPES)}")
+    return code
 
 
 def _check_activation(reader: Reader) -> None:
@@ -221,8 +278,9 @@ def _windows(reader: Reader, family: Family, num_layers: int) -> tuple[int | Non
     if not reader.sound("num_hidden_layers"):
         return ()
     window = None
+    is_asked = family.windows in (Windows.BY_LAYER, Windows.EVERY_LAYER_IF_USED)
     if family.windows is Windows.EVERY_LAYER or (
-        family.windows is Windows.BY_LAYER and reader.flag("use_sliding_window", False)
+        is_asked and reader.flag("use_sliding_window", False)
     ):
         window = reader.optional_integer("sliding_window", family.sliding_window)
     first = 0

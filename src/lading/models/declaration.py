@@ -13,7 +13,14 @@ Names are the checkpoint's own, with q, k, v and gate, up fused:
     model.norm.weight                        vector       [H]
     lm_head                                  embedding    [V, H], tied to model.embed_tokens or not
 
-Letters: V = vocabulary, H = hidden size, I = intermediate size, D = head size.
+in place of the MLP, in a layer with experts (of some families "mlp" and "down_proj" have other names):
+
+    model.layers.{i}.mlp.gate                replicated   [E, H]
+    model.layers.{i}.mlp.experts.{e}.gate_up_proj         [2 * I_e, H], column
+    model.layers.{i}.mlp.experts.{e}.down_proj            [H, I_e], row
+
+Letters: V = vocabulary, H = hidden size, I = intermediate size, D = head size, E = experts of
+I_e each.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ from lading import dtypes
 from lading.errors import CallError, LadingError, LayoutError, PlanError
 from lading.layers import Layer
 from lading.layouts import Layout
-from lading.models.config import ModelConfig
+from lading.models.config import ExpertsConfig, ModelConfig
 from lading.plan import Target
 from lading.schemes.choose import LayerScheme, QuantConfig
 from lading.schemes.targets import layer_targets
@@ -74,32 +81,57 @@ def declare(config: ModelConfig, *, pad_vocab_to: int = DEFAULT_VOCAB_PADDING) -
     """
     hidden, head_dim = config.hidden_size, config.head_dim
     vocabulary = Layer.embedding(config.vocab_size, hidden, pad_to=pad_vocab_to)
-    block = _block(config, hidden, head_dim)
+    blocks: dict[ExpertsConfig | None, list[Entry]] = {}
     entries: list[Entry] = [("model.embed_tokens", vocabulary)]
     for index in range(config.num_layers):
+        experts = config.experts_of(index)
+        if experts not in blocks:
+            blocks[experts] = _block(config, hidden, head_dim, experts)
+        block = blocks[experts]
         entries += ((f"model.layers.{index}.{name}", what) for name, what in block)  # type: ignore[misc]
     entries += [("model.norm.weight", (hidden,)), ("lm_head", vocabulary)]
     tied = (("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_word_embeddings else ()
     return Declaration(entries=tuple(entries), tied=tied)
 
 
-def _block(config: ModelConfig, hidden: int, head_dim: int) -> list[Entry]:
-    """One decoder block; the layers are shared by all blocks, which are equal."""
+def _block(
+    config: ModelConfig, hidden: int, head_dim: int, experts: ExpertsConfig | None
+) -> list[Entry]:
+    """One decoder block; the layers are shared by all blocks of its kind, which are equal."""
     norms: list[Entry] = [
         ("self_attn.q_norm.weight", (head_dim,)),
         ("self_attn.k_norm.weight", (head_dim,)),
     ]
     qkv = Layer.qkv(hidden, head_dim, config.num_heads, config.num_kv_heads, bias=config.qkv_bias)
-    gate_up = Layer.column(hidden, [config.intermediate_size] * 2, bias=config.mlp_bias)
     return [
         ("input_layernorm.weight", (hidden,)),
         ("self_attn.qkv_proj", qkv),
         *(norms if config.qk_norm else []),
         ("self_attn.o_proj", Layer.row(config.num_heads * head_dim, hidden, bias=config.o_bias)),
         ("post_attention_layernorm.weight", (hidden,)),
-        ("mlp.gate_up_proj", gate_up),
-        ("mlp.down_proj", Layer.row(config.intermediate_size, hidden, bias=config.mlp_bias)),
+        *(_mlp(config, hidden) if experts is None else _experts(experts, hidden)),
     ]
+
+
+def _mlp(config: ModelConfig, hidden: int) -> list[Entry]:
+    size, bias = config.intermediate_size, config.mlp_bias
+    return [
+        ("mlp.gate_up_proj", Layer.column(hidden, [size] * 2, bias=bias)),
+        ("mlp.down_proj", Layer.row(size, hidden, bias=bias)),
+    ]
+
+
+def _experts(experts: ExpertsConfig, hidden: int) -> list[Entry]:
+    """The router and the experts, which are equal and share their layers."""
+    gate_up = Layer.column(hidden, [experts.intermediate_size] * 2)
+    down = Layer.row(experts.intermediate_size, hidden)
+    entries: list[Entry] = [
+        (f"{experts.block}.gate", Layer.replicated(hidden, experts.num_experts))
+    ]
+    for index in range(experts.num_experts):
+        path = f"{experts.block}.experts.{index}"
+        entries += [(f"{path}.gate_up_proj", gate_up), (f"{path}.{experts.down}", down)]
+    return entries
 
 
 def targets(
@@ -215,9 +247,7 @@ class _Quantised:
             self._layouts.problems.append(error)
             return []
 
-    def _layout(
-        self, path: str, layer: Layer, spec: TensorSpec, scheme: LayerScheme
-    ) -> Layout:
+    def _layout(self, path: str, layer: Layer, spec: TensorSpec, scheme: LayerScheme) -> Layout:
         key = (layer, spec, scheme.fused)
         if key not in self._known:
             try:

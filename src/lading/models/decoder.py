@@ -1,9 +1,11 @@
 """The one decoder of all families, in plain PyTorch: a forward pass to verify loads against.
 
 It has no cache and no kernels of its own. What a family has or has not (biases, q and k norms, tied
-embeddings, windows, rotations) is in its declaration and its ModelConfig; no family is named here.
+embeddings, windows, rotations, experts) is in its declaration and its ModelConfig; no family is
+named here.
 
-Letters: B = batch, S = tokens, H = hidden size, D = head size, V = vocabulary, T = tp_size.
+Letters: B = batch, S = tokens, H = hidden size, D = head size, V = vocabulary, T = tp_size,
+E = experts, K = experts of a token.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from lading import ranks as ranks_module
 from lading.errors import CallError, ConfigError
 from lading.models import rope
 from lading.models.building import Builder
-from lading.models.config import ModelConfig
+from lading.models.config import ExpertsConfig, ModelConfig
 from lading.models.declaration import DEFAULT_VOCAB_PADDING, declare
 from lading.models.families import FAMILIES
 from lading.models.rope_config import RopeConfig
@@ -27,6 +29,7 @@ from lading.nn import (
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
@@ -100,34 +103,88 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)).
 
-    def __init__(self, builder: Builder, path: str) -> None:
+    down             the name of the second layer
+    reduce_results   sums over the ranks; else each rank gives its own share of the sum
+    """
+
+    def __init__(
+        self, builder: Builder, path: str, *, down: str = "down_proj", reduce_results: bool = True
+    ) -> None:
         super().__init__()
         self.gate_up_proj = builder.layer(MergedColumnParallelLinear, f"{path}.gate_up_proj")
-        self.down_proj = builder.layer(RowParallelLinear, f"{path}.down_proj")
+        self._down = down
+        self.add_module(
+            down,
+            builder.layer(RowParallelLinear, f"{path}.{down}", reduce_results=reduce_results),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, H] -> [B, S, H]."""
+        """[..., H] -> [..., H]."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        result: torch.Tensor = self.down_proj(F.silu(gate) * up)
+        result: torch.Tensor = self.get_submodule(self._down)(F.silu(gate) * up)
         return result
 
 
-class Block(nn.Module):
-    """Attention and MLP, each on the normalised stream and added to it."""
+class SparseMLP(nn.Module):
+    """A weighted sum of the MLPs that a router chooses for each token.
 
-    def __init__(self, config: ModelConfig, builder: Builder, path: str) -> None:
+    Every rank has its share of every expert, and the same router. The ranks' shares are added once
+    for all experts, not expert by expert.
+    """
+
+    def __init__(self, experts: ExpertsConfig, builder: Builder, path: str) -> None:
         super().__init__()
+        self.per_token, self.normalised = experts.per_token, experts.normalised
+        self.ranks, self.group = builder.ranks, builder.group
+        self.gate = builder.layer(ReplicatedLinear, f"{path}.gate")
+        self.experts = nn.ModuleList(
+            MLP(builder, f"{path}.experts.{index}", down=experts.down, reduce_results=False)
+            for index in range(experts.num_experts)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.route(tokens)
+        result = torch.zeros_like(tokens)
+        for index in torch.unique(chosen).tolist():
+            token, place = (chosen == index).nonzero(as_tuple=True)
+            share = self.experts[index](tokens[token]) * weights[token, place].unsqueeze(-1)
+            result.index_add_(0, token, share)
+        return ranks_module.all_reduce(result, self.ranks, self.group).view_as(x)
+
+    def route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B * S, H] -> each token's experts [B * S, K] and, before them, their weights.
+
+        Probabilities over all E experts are in fp32, the weights in the dtype of the tokens.
+        """
+        probabilities = F.softmax(self.gate(tokens), dim=-1, dtype=torch.float32)
+        weights, chosen = probabilities.topk(self.per_token, dim=-1)
+        if self.normalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(tokens.dtype), chosen
+
+
+class Block(nn.Module):
+    """Attention and MLP, or experts, each on the normalised stream and added to it."""
+
+    def __init__(self, config: ModelConfig, builder: Builder, index: int) -> None:
+        super().__init__()
+        path, experts = f"model.layers.{index}", config.experts_of(index)
         self.input_layernorm = builder.norm(f"{path}.input_layernorm")
         self.self_attn = Attention(config, builder, f"{path}.self_attn")
         self.post_attention_layernorm = builder.norm(f"{path}.post_attention_layernorm")
-        self.mlp = MLP(builder, f"{path}.mlp")
+        self._mlp = "mlp" if experts is None else experts.block
+        path = f"{path}.{self._mlp}"
+        mlp = MLP(builder, path) if experts is None else SparseMLP(experts, builder, path)
+        self.add_module(self._mlp, mlp)
 
     def forward(self, x: torch.Tensor, cos_sin: CosSin, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, S, H] -> [B, S, H]."""
         x = x + self.self_attn(self.input_layernorm(x), cos_sin, mask)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.get_submodule(self._mlp)(self.post_attention_layernorm(x))
         return x
 
 
@@ -139,7 +196,7 @@ class Decoder(nn.Module):
         self.windows = config.sliding_windows
         self.embed_tokens = builder.layer(VocabParallelEmbedding, "model.embed_tokens")
         self.layers = nn.ModuleList(
-            Block(config, builder, f"model.layers.{index}") for index in range(config.num_layers)
+            Block(config, builder, index) for index in range(config.num_layers)
         )
         self.norm = builder.norm("model.norm")
         self.rotary = _Rotary(config.rope)
@@ -176,7 +233,8 @@ class CausalLM(nn.Module):
     dtype         of the parameters
     pad_vocab_to  as of `declare`
     quant_config  chooses each layer's scheme; None for a dense checkpoint
-    Raises a LayoutError, naming the layer, where T does not divide it. Under `with torch.device("meta")` it is built without memory.
+    Raises a LayoutError, naming the layer, where T does not divide it. Under
+    `with torch.device("meta")` it is built without memory.
 
     Example: 32 q heads, 8 KV heads and T = 16: each rank has 2 q heads and 1 KV head, which it
     shares with a neighbour.
@@ -204,7 +262,7 @@ class CausalLM(nn.Module):
             )
         self.config = config
         self.ranks = ranks if ranks is not None else ranks_module.current()
-        self.names = FAMILIES[config.family].names
+        self.names = FAMILIES[config.family].names if quant_config is None else quant_config.names
         fused = FAMILIES[config.family].fused
         self.packed_modules_mapping = {name: list(parts) for name, parts in fused.items()}
         self.declaration = declare(config, pad_vocab_to=pad_vocab_to)

@@ -8,12 +8,12 @@ from which the published config.json files were written.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lading.names import DEFAULT_FUSED, Names
 
-__all__ = ["FAMILIES", "Family", "Flag", "Windows"]
+__all__ = ["FAMILIES", "Experts", "Family", "Flag", "Windows"]
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -23,6 +23,7 @@ class Windows(str, Enum):
 
     NEVER = "never"
     EVERY_LAYER = "every layer"
+    EVERY_LAYER_IF_USED = "every layer, if use_sliding_window"
     BY_LAYER = "by layer"
 
 
@@ -35,13 +36,35 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """What a family of mixture-of-experts models has in place of an MLP, in some layers or in all.
+
+    num_experts, num_experts_per_tok   where the keys are left out
+    size_key     the key of an expert's intermediate size
+    size         where that key is left out
+    normalised   the weights of a token's experts add up to 1
+    choosable    decoder_sparse_step and mlp_only_layers say which layers have experts; else all have
+    block, down  names of the modules: of router and experts, of an expert's second layer
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    size_key: str
+    size: int | None = None
+    normalised: Flag
+    choosable: bool = False
+    block: str = "mlp"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One model family.
 
     model_type, architectures   how config.json calls it
     num_kv_heads                where the key is left out; None = as many as q heads
     head_dim                    likewise; None = hidden_size / num_attention_heads
-    max_position, rms_norm_eps, sliding_window      likewise
+    max_position, rms_norm_eps, sliding_window, rope_theta      likewise
     qkv_bias, o_bias, mlp_bias  which linear layers have a bias
     qk_norm                     q and k are normalised head by head, before the rotation
     windows                     which layers have a sliding window
@@ -51,6 +74,8 @@ class Family:
     original_max_position       where the key is left out and a rotary scaling needs it; None =
                                 max_position_embeddings
     fused                       modules that the decoder fuses and the checkpoint stores apart
+    other_names                 names in the files of some tools, as `lading.names.Names.others`
+    experts                     None = an MLP in every layer
     """
 
     model_type: str
@@ -60,6 +85,7 @@ class Family:
     max_position: int
     rms_norm_eps: float = 1e-6
     sliding_window: int | None = None
+    rope_theta: float = 10000.0
     qkv_bias: Flag = Flag()
     o_bias: Flag = Flag()
     mlp_bias: Flag = Flag()
@@ -72,12 +98,30 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: dict(DEFAULT_FUSED), hash=False
     )
+    other_names: tuple[tuple[str, Names], ...] = field(default=(), hash=False)
+    experts: Experts | None = None
 
     @property
     def names(self) -> Names:
         """The naming rules of the family's checkpoints."""
-        return Names.of(self.fused)
+        return replace(Names.of(self.fused), others=self.other_names)
 
+
+_MIXTRAL_SPELLINGS = (
+    (  # llmcompressor 0.14
+        r".*\.block_sparse_moe\.experts\.\d+\.(gate|up|down)_proj\..*",
+        Names(renames=((r"(\.block_sparse_moe\.experts\.\d+)\.w2\.", r"\1.down_proj."),)),
+    ),
+    (  # gptqmodel 7.4: the modules of transformers 5
+        r".*\.mlp\.experts\.\d+\.(gate|up|down)_proj\..*",
+        Names(
+            renames=(
+                (r"\.block_sparse_moe\.", ".mlp."),
+                (r"(\.mlp\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+            )
+        ),
+    ),
+)
 
 _TABLE = (
     Family(
@@ -129,6 +173,44 @@ _TABLE = (
         partial_rotary=True,
         original_max_position=4096,
         fused={},  # stored fused already
+    ),
+    Family(
+        model_type="qwen3_moe",
+        architectures=("Qwen3MoeForCausalLM",),
+        num_kv_heads=4,
+        max_position=32768,
+        sliding_window=4096,
+        windows=Windows.EVERY_LAYER_IF_USED,
+        qkv_bias=Flag(key="attention_bias"),
+        o_bias=Flag(key="attention_bias"),
+        qk_norm=True,
+        experts=Experts(
+            num_experts=128,
+            num_experts_per_tok=8,
+            size_key="moe_intermediate_size",
+            size=768,
+            normalised=Flag(key="norm_topk_prob"),
+            choosable=True,
+        ),
+    ),
+    Family(
+        model_type="mixtral",
+        architectures=("MixtralForCausalLM",),
+        num_kv_heads=8,
+        max_position=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=1e6,
+        windows=Windows.EVERY_LAYER,
+        fused={**DEFAULT_FUSED, "gate_up_proj": ("w1", "w3")},
+        other_names=_MIXTRAL_SPELLINGS,
+        experts=Experts(
+            num_experts=8,
+            num_experts_per_tok=2,
+            size_key="intermediate_size",
+            normalised=Flag(default=True),
+            block="block_sparse_moe",
+            down="w2",
+        ),
     ),
 )
 

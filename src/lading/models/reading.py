@@ -101,6 +101,19 @@ class Reader:
             self.note(key, f"has {len(value)} numbers, needs {length} ({why})")
         return () if value is None else tuple(map(float, value))
 
+    def integers(self, key: str, below: int, why: str) -> tuple[int, ...]:
+        """A list of ints from 0 to `below` - 1; empty where the key is missing or null."""
+        if not self.given(key):
+            return ()
+        value = self.raw[key]
+        if not isinstance(value, list) or not all(_is_int(item, 0) for item in value):
+            self.note(key, f"is {spell(value)}, needs a list of ints of at least 0")
+            return ()
+        beyond = [item for item in value if item >= below]
+        if beyond:
+            self.note(key, f"has {beyond[0]}, needs 0 to {below - 1} ({why})")
+        return tuple(value)
+
     def _take(self, key: str, default: Any, needed: str, fits: Callable[[Any], bool]) -> Any:
         """The value, or the default, or None after noting a problem."""
         if key not in self.raw:

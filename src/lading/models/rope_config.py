@@ -17,7 +17,7 @@ from lading.models.reading import Reader, spell
 __all__ = ["RopeConfig", "read_rope"]
 
 DEFAULT_THETA = 10000.0
-"""RoFormer's base (arXiv:2104.09864, section 3.2.2), the default of all families."""
+"""RoFormer's base (arXiv:2104.09864, section 3.2.2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def read_rope(top: Reader, family: Family, *, head_dim: int, max_position: int) 
         inner.note("rope_type", 'is "dynamic", needs heads of more than 2 rotated elements')
     return RopeConfig(
         kind=kind,
-        theta=DEFAULT_THETA if theta is None else theta,
+        theta=family.rope_theta if theta is None else theta,
         partial_rotary_factor=partial,
         rotary_dim=rotary_dim,
         max_position=max_position,

@@ -21,7 +21,7 @@ Example: int4 words along the inputs, 800 inputs at T = 4: `input_dim` has 800 /
 a rank, and rank 1 keeps entries 25:50.
 """
 
-from lading.parameter.base import BasevLLMParameter, load_part, set_lazy_view_device
+from lading.parameter.base import BasevLLMParameter, set_lazy_view_device
 from lading.parameter.classes import (
     BlockQuantScaleParameter,
     ChannelQuantScaleParameter,
@@ -36,6 +36,7 @@ from lading.parameter.packing import (
     _adjust_shard_indexes_for_marlin,
     _adjust_shard_indexes_for_packing,
 )
+from lading.parameter.parts import load_part
 from lading.parameter.permute import permute_param_layout_
 from lading.parameter.shared import SharedWeightParameter
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 import copy as copying
 import functools
 import inspect
-import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.nn import Parameter
 from torch.overrides import is_tensor_like
 
-from lading import dtypes, owners, writing
+from lading import owners, writing
 from lading.errors import CallError, DeclarationError, KeywordError, LadingError, ShapeError
 from lading.layouts import Layout, PartName, piece_of, span_of_piece
 from lading.ledger import Ledger
-from lading.ranks import Ranks, explicit_current, world
+from lading.parameter.checks import as_needed, check_values, whole_number
+from lading.ranks import explicit_current, world
 from lading.regions import Copy, Region
 
-__all__ = ["BasevLLMParameter", "WeightLoader", "load_part", "set_lazy_view_device"]
+__all__ = ["BasevLLMParameter", "WeightLoader", "load_call", "set_lazy_view_device"]
 
 WeightLoader = Callable[..., Any]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -369,8 +369,8 @@ class BasevLLMParameter(Parameter):
                 target_region=target,
             )
             data = self.data
-            loaded_weight = _as_needed(loaded_weight, source.shape, data.dtype, why)
-            _check_values(loaded_weight, data)
+            loaded_weight = as_needed(loaded_weight, source.shape, data.dtype, why)
+            check_values(loaded_weight, data)
             values = writing.view_of(loaded_weight, copy.source_region)
             ledger = self._ledger
             ledger.check(self, data, copy, values, any_part=not parts_may_differ)
@@ -420,98 +420,3 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, _SyncedLoader):
         return _SyncedLoader(_copied(value.loader, memo), value.device_type)
     return copying.deepcopy(value, memo)
-
-
-def dim_of(dim: int, shape: tuple[int, ...]) -> int:
-    """The dim counted from the front. Raises a DeclarationError where the shape has none such."""
-    if not -len(shape) <= dim < len(shape):
-        raise DeclarationError(f"is cut along dim {dim}, needs a dim of its shape {list(shape)}")
-    return dim % len(shape)
-
-
-def whole_number(keyword: str, value: Any, *, least: int = 0, part: PartName = None) -> int:
-    """The value as an int. Raises a CallError where it is none, or too small."""
-    try:
-        number = operator.index(value) if not isinstance(value, bool) else None
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        raise CallError(f"{keyword} is {value!r}, needs an int of at least {least}", part=part)
-    return number
-
-
-def _check_values(loaded_weight: torch.Tensor, data: torch.Tensor) -> None:
-    """Raises where the tensor's values cannot become those of `data`.
-
-    The whole tensor is looked at, not only this rank's piece: every rank reaches the same verdict.
-    """
-    writing.check_dtypes(loaded_weight.dtype, data.dtype)
-    if type(loaded_weight) is torch.Tensor and loaded_weight.is_meta and not data.is_meta:
-        raise CallError("loaded_weight is on meta, needs a tensor with values")
-    writing.check_values(loaded_weight, data.dtype)
-
-
-def _as_needed(
-    loaded: torch.Tensor, needed: tuple[int, ...], dtype: torch.dtype, why: str
-) -> torch.Tensor:
-    """The tensor, if it has the full shape that is needed; a 0-d one fits (1,)."""
-    shape = tuple(loaded.shape)
-    if shape == needed:
-        return loaded
-    if shape == () and needed == (1,):
-        return loaded.reshape(1)
-    transposed = "; it is transposed" if len(shape) == 2 and shape == needed[::-1] else ""
-    try:
-        writing.check_dtypes(loaded.dtype, dtype)
-        dtype = loaded.dtype  # it may stay as it is: only the shape is wrong
-    except LadingError:
-        pass
-    have, want = spelt(loaded.dtype, shape), spelt(dtype, needed)
-    raise ShapeError(f"tensor is {have}, needs {want} ({why}{transposed})")
-
-
-def spelt(dtype: torch.dtype, shape: Sequence[int]) -> str:
-    """bf16[4, 8]; a dtype that no file has is spelt as torch does."""
-    try:
-        return dtypes.spell(dtypes.from_torch(dtype), tuple(shape))
-    except LookupError:
-        return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-
-
-def load_part(
-    param: BasevLLMParameter,
-    loaded_weight: torch.Tensor,
-    *,
-    part: PartName = None,
-    ranks: Ranks,
-    fused_source: bool = False,
-) -> None:
-    """Loads one part by the parameter's own declared layout, padding included.
-
-    The way of `lading.nn` for what the field's four calls cannot say: a padded vocabulary. Raises
-    what those calls raise, and a DeclarationError where the parameter declares no layout.
-    """
-    layout = param.tp_layout
-    name = owners.name_of(param)
-    if layout is None:
-        raise DeclarationError("declares no layout, needs `tp_layout`", subject=name)
-    why = "the declared layout"
-    try:
-        if layout.tp_size != ranks.tp_size:
-            raise CallError(f"is loaded as {ranks}, needs a rank of {layout.tp_size} ({why})")
-        if layout.local_shape != tuple(param.shape):
-            raise DeclarationError(
-                f"has shape {list(param.shape)}, needs {list(layout.local_shape)} ({why})"
-            )
-        placement = layout.place(part, ranks.tp_rank, fused_source=fused_source)
-        needed = layout.fused_shape if fused_source else layout.source_shape(part)
-        if placement is None:
-            _check_values(_as_needed(loaded_weight, needed, param.dtype, why), param.data)
-        else:
-            source, target = placement.source, placement.target
-            param._load(loaded_weight, source=source, target=target, part=part, why=why)
-        for box in layout.padding(ranks.tp_rank):
-            writing.fill(param.data, box)
-            param._ledger.note(param, box)
-    except LadingError as error:
-        raise error.located(subject=name) from None

@@ -12,14 +12,8 @@ import torch
 
 from lading.errors import CallError, DeclarationError, KeywordError, LayoutError
 from lading.layouts import PartName
-from lading.parameter.base import (
-    QKV_SLOTS,
-    BasevLLMParameter,
-    WeightLoader,
-    dim_of,
-    load_call,
-    whole_number,
-)
+from lading.parameter.base import QKV_SLOTS, BasevLLMParameter, WeightLoader, load_call
+from lading.parameter.checks import dim_of, whole_number
 from lading.regions import Region
 
 __all__ = [

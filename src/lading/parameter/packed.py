@@ -9,7 +9,8 @@ import torch
 
 from lading import owners
 from lading.errors import LayoutError
-from lading.parameter.base import WeightLoader, dim_of
+from lading.parameter.base import WeightLoader
+from lading.parameter.checks import dim_of
 from lading.parameter.classes import ModelWeightParameter, _ColumnvLLMParameter
 from lading.parameter.packing import _adjust_shard_indexes_for_packing, check_packing
 

@@ -8,7 +8,8 @@ from torch.nn import Parameter
 
 from lading import owners
 from lading.errors import CallError, LadingError
-from lading.parameter.base import BasevLLMParameter, dim_of, whole_number
+from lading.parameter.base import BasevLLMParameter
+from lading.parameter.checks import dim_of, whole_number
 
 __all__ = ["permute_param_layout_"]
 

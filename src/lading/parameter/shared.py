@@ -19,7 +19,8 @@ from lading import owners
 from lading.errors import CallError, DeclarationError, KeywordError, LadingError
 from lading.layouts import PartName
 from lading.ledger import Ledger
-from lading.parameter.base import BasevLLMParameter, WeightLoader, load_call, spelt, whole_number
+from lading.parameter.base import BasevLLMParameter, WeightLoader, load_call
+from lading.parameter.checks import spelt, whole_number
 from lading.parameter.classes import ModelWeightParameter
 
 __all__ = ["SharedWeightParameter"]

@@ -26,7 +26,7 @@ from lading.specs import Along, Constant, Dim, TensorSpec, bias_spec
 __all__ = ["METHODS", "LayerScheme", "QuantConfig", "quant_config_of", "quantization_of"]
 
 METHODS: Mapping[str, tuple[str, str]] = {
-    "auto-round": ("gptq", "parse_auto_round"),
+    "auto-round": ("auto_round", "parse_auto_round"),
     "awq": ("awq", "parse_awq"),
     "bitsandbytes": ("bitsandbytes", "parse_bitsandbytes"),
     "compressed-tensors": ("compressed_tensors", "parse_compressed_tensors"),
