@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from lading import demo
+from lading import cli, demo
 from lading.checkpoint import open_checkpoint
 from lading.errors import CallError
 from lading.report import Block, Look, render
@@ -40,20 +41,6 @@ def test_demo_from_the_shell(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("lading*"))
 
 
-def test_demo_in_json_keeps_its_folder(tmp_path: Path) -> None:
-    folder = str(tmp_path / "kept")
-    done = run("demo", "--json", "--keep", folder)
-    assert (done.returncode, done.stderr) == (0, "")
-    (line,) = done.stdout.splitlines()
-    value = json.loads(line)
-    assert set(value) == {"ok", "command", "folder", "plan", "load", "verify"}
-    assert value["ok"] is True
-    assert value["folder"] == folder
-    assert value["verify"]["elements_compared"] == 237888
-    assert value["verify"]["mismatches"] == 0
-    assert len(open_checkpoint(folder).tensors) == 30
-
-
 def test_keep_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
 
@@ -64,13 +51,25 @@ def test_keep_overwrites_nothing(tmp_path: Path) -> None:
         demo.run(say, Look(), keep=str(tmp_path))
 
 
-def test_each_step_is_told(tmp_path: Path) -> None:
+def test_steps_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    look = Look(width=80)
-    done = demo.run(lambda blocks: told.append(render(blocks, look)), look, keep=str(tmp_path))
+    look, folder = Look(width=80), str(tmp_path / "kept")
+    done = demo.run(lambda blocks: told.append(render(blocks, look)), look, keep=folder)
     assert done.ok
     assert len(told) == 3
     assert all(len(line) <= 80 for text in told for line in text.splitlines())
+    assert len(open_checkpoint(folder).tensors) == 30
+
+    monkeypatch.setattr(demo, "run", lambda *_, **__: done)  # once is enough
+    result = CliRunner().invoke(cli.app, ["demo", "--json", "--keep", folder])
+    assert (result.exit_code, result.stderr) == (0, "")
+    (line,) = result.stdout.splitlines()
+    value = json.loads(line)
+    assert set(value) == {"ok", "command", "folder", "plan", "load", "verify"}
+    assert value["ok"] is True
+    assert value["folder"] == folder
+    assert value["verify"]["elements_compared"] == 237888
+    assert value["verify"]["mismatches"] == 0
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def test_straddling_blocks(grain: int, tp_size: int, fused: bool) -> None:
 
 
 def test_straddling_blocks_of_a_padded_part() -> None:
-    """101 rows padded to 128 are 64 a rank, and 5 blocks of 24: rank 1 needs 2:5, so both keep 3."""
+    """101 rows padded to 128, 64 a rank, in 5 blocks of 24: rank 1 needs 2:5, both keep 3."""
     along = cut(Part(size=101, pad_to=128), grain=24, ragged=True, straddle=True)
     layout = Layout(cuts=(along,), tp_size=2)
     sources = sources_of(layout)

@@ -406,7 +406,8 @@ TAMPERED = [
         "pieces of no number",
         ("layouts", 1, "dims", 0, "parts", 1, "max_pieces"),
         "all",
-        "layouts[1].dims[0].parts[1].max_pieces: is 'all', needs an int from 0 to 9223372036854775807.",
+        "layouts[1].dims[0].parts[1].max_pieces: is 'all', needs an int from 0 to "
+        "9223372036854775807.",
     ),
     Tampered(
         "grain of nothing",

@@ -4,9 +4,16 @@ Results go to stdout, as text or with --json as one line of JSON; progress, note
 stderr, of rank 0 only. Exit status: 0 = done and right, 1 = a check failed (the checkpoint, the
 plan or what was loaded is wrong), 2 = the command line is, 130 = interrupted.
 
-JSON: every object has "ok" and "command"; where ok is false, "error" is the error's facts, or for
-`verify` of loaded elements, beside its counts. Everything but typer is imported by the command that
-needs it, so that plan, inspect and --help start without torch.
+JSON: every object has "ok" and "command"; where ok is false, "error" has the error's facts.
+
+    plan      summary (tp_size, ranks, num_parameters, proof, digest, ...), plan (lading.plan_json)
+    load      tp_size, dtype, checkpoint_bytes, seconds, gigabytes_per_second, ranks, casts, skipped
+    verify    elements_compared, mismatches, first_mismatches, reader, logits, load
+    inspect   folder, format, num_tensors, num_bytes, files, tensors, config, tp_sizes
+    demo      folder, plan (a summary), load, verify
+
+Everything but typer is imported by the command that needs it, so that plan, inspect and --help
+start without torch.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def preflight(path: str, ranks: Sequence[Ranks], *, dtype: str | None = None) ->
         )
     config = models.parse_config(checkpoint.config)
     code = dtype or config.dtype or _most_common_dtype(checkpoint)
-    tp_size, names = ranks[0].tp_size, models.FAMILIES[config.family].names
+    tp_size = ranks[0].tp_size
+    names = models.FAMILIES[config.family].names.fitting(checkpoint.tensors)
     quant_config = quant_config_of(checkpoint, names)
     try:
         targets = models.targets(models.declare(config), tp_size, code, quant_config)
@@ -112,7 +113,8 @@ def tp_sizes(checkpoint: Checkpoint, config: ModelConfig, up_to: int = 64) -> tu
     from lading.schemes import quant_config_of
 
     sizes = models.tp_sizes(config, up_to)
-    quant_config = quant_config_of(checkpoint, models.FAMILIES[config.family].names)
+    names = models.FAMILIES[config.family].names.fitting(checkpoint.tensors)
+    quant_config = quant_config_of(checkpoint, names)
     if quant_config is None:
         return sizes
     declaration, found = models.declare(config), []

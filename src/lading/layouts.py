@@ -313,6 +313,11 @@ class Layout:
             error.hint = suggest_tp(self._fits, self.tp_size)  # the part knew only what fits itself
             raise
 
+    def __hash__(self) -> int:
+        # Sizes tell layouts apart; a plan hashes one a target, and walking all values took longer
+        # than the rest of the plan (92,000 targets: 0.6 s of 1.5 s, with this 0.2 s).
+        return hash((self.tp_size, *[p.size for cut in self.cuts for p in cut.axis.parts]))
+
     @staticmethod
     def replicated(shape: tuple[int, ...], tp_size: int = 1) -> Layout:
         """Every rank keeps the whole tensor."""

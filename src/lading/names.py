@@ -66,7 +66,7 @@ class Names:
     renames  (regular expression, replacement) pairs, applied in order with re.sub to a parameter's
              name to get the checkpoint's; none by default: names are equal
     skips    checkpoint tensors to leave alone, with the reason
-    others   (regular expression, rules) pairs for files in which some tool spelt the names in its own
+    others   (regular expression, rules) pairs for files of tools that spell the names in their own
              way: the rules count where the expression matches the whole name of a tensor
     """
 

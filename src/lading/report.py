@@ -403,7 +403,7 @@ def _sections(
     for (name, note, aliases, *cells), count in fold(flat):
         notes = [note]
         notes += [f"also {aliases}"] if aliases else []
-        notes += [f"{count} layers"] if count > 1 else []
+        notes += [f"{count} {_counted(name)}"] if count > 1 else []
         body = [_shown_row(tuple(cell.split("\x1f")), name, look) for cell in cells]
         sections.append(
             Section(heading=name, note=", ".join(notes), rows=tuple(_without_repeats(body)))
@@ -415,6 +415,11 @@ def _sections(
         ]
         heads = heads[1:]
     return Sections(heads=heads, sections=tuple(sections))
+
+
+def _counted(folded: str) -> str:
+    """What a folded name counts: layers, or with experts in them just how many there are."""
+    return "layers" if folded.count("{") == 1 else "times"
 
 
 def _shown_row(row: Row, parameter: str, look: Look) -> Row:
@@ -523,7 +528,7 @@ def inspect_report(checkpoint: Checkpoint, facts: Sequence[tuple[str, str]]) -> 
         Line(text=""),
         Table(heads=("file", "tensors", "bytes"), rows=_file_rows(checkpoint), right=(1, 2)),
         Line(text=""),
-        Table(heads=("tensor", "is", "bytes each", "count"), rows=folded, right=(2, 3)),
+        Table(heads=("tensor", "is", "each", "×"), rows=folded, right=(2, 3)),
     )
 
 

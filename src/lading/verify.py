@@ -153,12 +153,15 @@ def verify_rank(
 
     logits   True = must be compared, False = not, None = where it can be done
     """
-    from lading import progress
+    from lading import models, progress
 
     model, loaded = load_model(ranks, path, dtype, device)
     group = ranks_module.group_of(ranks, None)
     bar = progress.bar_of(ranks, "verifying")
-    elements = _together(partial(verify, path, model, ranks, progress=bar), group)
+    names = models.FAMILIES[model.config.family].names
+    check_all = partial(verify, path, model, ranks, names=names, progress=bar)
+    elements = _together(check_all, group)
+    del check_all
     config = model.config
     del model
     if logits is False:
@@ -218,8 +221,8 @@ def verify(
     """
     from lading.loading import names_of
 
-    rules = names or names_of(model)
     checkpoint = open_checkpoint(path)
+    rules = (names or names_of(model)).fitting(checkpoint.tensors)
     num_elements = num_mismatches = 0
     first: Mismatch | None = None
     tensors = _tensors(model)

@@ -7,14 +7,17 @@ that no rank count divides.
 from __future__ import annotations
 
 import copy
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from lading import ranks as ranks_module
 from lading.models import FAMILIES, CausalLM, parse_config
@@ -38,6 +41,8 @@ ORACLES: dict[str, tuple[Any, Any]] = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
 }
 
 
@@ -171,6 +176,39 @@ CASES = [
         },
         seq_len=17,
     ),
+    Case(
+        id="qwen3-moe",
+        family="qwen3_moe",
+        keys={
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 18,
+            "norm_topk_prob": True,
+        },
+    ),
+    Case(
+        id="qwen3-moe-some-layers",
+        family="qwen3_moe",
+        keys={
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    Case(
+        id="mixtral",
+        family="mixtral",
+        keys={"num_key_value_heads": 2, "num_local_experts": 3, "sliding_window": 6},
+    ),
 ]
 over_cases = pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 
@@ -179,13 +217,22 @@ def oracle(case: Case) -> Any:
     """The model of transformers with random weights, large enough that each of them matters."""
     config_class, model_class = ORACLES[case.family]
     keys = {key: value for key, value in case.raw().items() if key != "model_type"}
-    model = model_class._from_config(config_class(**keys), attn_implementation="eager")
+    model = model_class._from_config(
+        config_class(**keys), attn_implementation="eager", experts_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in model.parameters():
             shift = 1.0 if param.dim() == 1 else 0.0
             param.copy_(torch.randn(param.shape, generator=generator) * 0.2 + shift)
     return model.eval()
+
+
+def stored(model: Any) -> dict[str, torch.Tensor]:
+    """What transformers saves of its model: experts one by one, as they are on the hub."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
 
 
 def fill(model: CausalLM, checkpoint: Mapping[str, torch.Tensor]) -> None:
@@ -247,10 +294,13 @@ class Together:
 
 
 def logits_of_ranks(
-    models: list[CausalLM], input_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    models: list[CausalLM],
+    input_ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    together: Together | None = None,
 ) -> list[torch.Tensor]:
     """Every rank's logits, all ranks running at once."""
-    together = Together(len(models))
+    together = together or Together(len(models))
     monkeypatch.setattr(ranks_module, "all_reduce", together.all_reduce)
     monkeypatch.setattr(ranks_module, "all_gather", together.all_gather)
     found: dict[int, torch.Tensor] = {}

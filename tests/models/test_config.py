@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lading.models import FAMILIES, ModelConfig, parse_config
+from lading.models import FAMILIES, ExpertsConfig, ModelConfig, parse_config
 
 from .made import ORACLES, YARN, Case, over_cases
 
@@ -26,10 +26,28 @@ def windows_of(config: Any, family: str) -> tuple[int | None, ...]:
     everywhere = (config.to_dict().get("sliding_window"),) * config.num_hidden_layers
     if family == "llama":
         return (None,) * config.num_hidden_layers
-    if family in ("mistral", "phi3"):
+    if family in ("mistral", "phi3", "qwen3_moe", "mixtral"):
         return everywhere
     return tuple(
         config.sliding_window if t == "sliding_attention" else None for t in config.layer_types
+    )
+
+
+def experts_of(config: Any, model: Any) -> ExpertsConfig | None:
+    """From the modules of transformers: which layers have a router, and how it chooses."""
+    found = [block.mlp for block in model.model.layers]
+    sparse = [mlp for mlp in found if hasattr(mlp, "experts")]
+    if not sparse:
+        return None
+    mlp, is_mixtral = sparse[0], config.model_type == "mixtral"
+    return ExpertsConfig(
+        layers=tuple(mlp in sparse for mlp in found),
+        num_experts=mlp.experts.num_experts,
+        per_token=mlp.gate.top_k,
+        intermediate_size=mlp.experts.intermediate_dim,
+        normalised=True if is_mixtral else mlp.gate.norm_topk_prob,
+        block="block_sparse_moe" if is_mixtral else "mlp",
+        down="w2" if is_mixtral else "down_proj",
     )
 
 
@@ -68,6 +86,7 @@ def assert_equal(found: ModelConfig, config: Any, family: str) -> None:
         rope=found.rope,
         max_position=config.max_position_embeddings,
         sliding_windows=windows_of(config, family),
+        experts=experts_of(config, model),
         dtype=None,
         quantization=None,
     )
@@ -125,6 +144,7 @@ def test_family_by_architectures_alone() -> None:
         ({"dtype": "float16"}, "F16"),
         ({"dtype": "torch.float32", "torch_dtype": "float32"}, "F32"),
         ({"dtype": None, "torch_dtype": "bfloat16"}, "BF16"),
+        ({"dtype": "float16", "torch_dtype": "float32"}, "F16"),  # as AutoAWQ writes it
         ({}, None),
     ],
 )

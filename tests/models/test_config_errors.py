@@ -30,8 +30,8 @@ BAD_CONFIGS = [
         id="unknown-model-type",
         keys={"model_type": "gemma"},
         texts=[
-            'model_type: is "gemma", needs one of: llama, mistral, qwen2, qwen3, phi3 (the '
-            "families that lading knows). In config.json."
+            'model_type: is "gemma", needs one of: llama, mistral, qwen2, qwen3, phi3, qwen3_moe, '
+            "mixtral (the families that lading knows). In config.json."
         ],
     ),
     Fails(
@@ -40,15 +40,16 @@ BAD_CONFIGS = [
         texts=[
             'architectures: is ["LlamaForSequenceClassification"], needs one of: '
             "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
-            "Phi3ForCausalLM (the models that lading knows). In config.json."
+            "Phi3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM (the models that lading "
+            "knows). In config.json."
         ],
     ),
     Fails(
         id="no-family",
         keys={"model_type": ...},
         texts=[
-            "model_type: is missing, needs one of: llama, mistral, qwen2, qwen3, phi3. In "
-            "config.json."
+            "model_type: is missing, needs one of: llama, mistral, qwen2, qwen3, phi3, qwen3_moe, "
+            "mixtral. In config.json."
         ],
     ),
     Fails(
@@ -119,11 +120,6 @@ BAD_CONFIGS = [
         texts=[
             "head_dim: leaves 9 elements to rotate, needs an even number above 0. In config.json."
         ],
-    ),
-    Fails(
-        id="dtypes-disagree",
-        keys={"dtype": "bfloat16", "torch_dtype": "float16"},
-        texts=['torch_dtype: is "float16", needs "bfloat16" (the file\'s dtype). In config.json.'],
     ),
     Fails(
         id="quantization-not-an-object",
@@ -304,6 +300,43 @@ BAD_CONFIGS = [
             "layer_types: has full_attention for layer 1, needs sliding_attention (mistral has "
             "sliding_window 4 in every layer). In config.json."
         ],
+    ),
+    Fails(
+        id="experts-of-a-token",
+        family="mixtral",
+        keys={"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 5},
+        texts=["num_experts_per_tok: is 5, needs at most 4 (all experts). In config.json."],
+    ),
+    Fails(
+        id="experts-twice",
+        family="qwen3_moe",
+        keys={**QWEN, "num_experts": 16, "num_local_experts": 8},
+        texts=["num_experts: is 16, needs 8 (num_local_experts, the same number). In config.json."],
+    ),
+    Fails(
+        id="experts-values",
+        family="qwen3_moe",
+        keys={
+            **QWEN,
+            "num_experts": "8",
+            "moe_intermediate_size": 0,
+            "decoder_sparse_step": 0,
+            "mlp_only_layers": 1,
+            "norm_topk_prob": None,
+        },
+        texts=[
+            'num_experts: is "8", needs an int of at least 1. In config.json.',
+            "decoder_sparse_step: is 0, needs an int of at least 1. In config.json.",
+            "mlp_only_layers: is 1, needs a list of ints of at least 0. In config.json.",
+            "moe_intermediate_size: is 0, needs an int of at least 1. In config.json.",
+            "norm_topk_prob: is null, needs true or false. In config.json.",
+        ],
+    ),
+    Fails(
+        id="experts-layers",
+        family="qwen3_moe",
+        keys={**QWEN, "mlp_only_layers": [0, 2]},
+        texts=["mlp_only_layers: has 2, needs 0 to 1 (num_hidden_layers). In config.json."],
     ),
 ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,7 @@ from lading.models import FAMILIES, build, declare, parse_config, targets, tp_si
 from lading.plan import Target, make_plan
 from lading.ranks import all_ranks
 
-from .made import CASES, COMMON, Case, oracle, over_cases
+from .made import CASES, COMMON, Case, oracle, over_cases, stored
 
 BY_ID = {case.id: case for case in CASES}
 
@@ -50,14 +52,9 @@ def test_built_as_declared(case: Case, tp_size: int) -> None:
         assert not list(model.buffers())
 
 
-@over_cases
-def test_plans_against_the_tensors_of_transformers(case: Case) -> None:
-    """Every tensor of a saved model is used, none is missing, at every TP size that works."""
-    config = parse_config(case.raw())
-    state = oracle(case).state_dict()
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    sources = {
+def sources_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Source]:
+    """The headers of float32 tensors of these shapes."""
+    return {
         name: Source(
             name=name,
             dtype="F32",
@@ -66,8 +63,15 @@ def test_plans_against_the_tensors_of_transformers(case: Case) -> None:
             offset_bytes=0,
             num_bytes=t.nbytes,
         )
-        for name, t in state.items()
+        for name, t in tensors.items()
     }
+
+
+@over_cases
+def test_plans_against_the_tensors_of_transformers(case: Case) -> None:
+    """Every tensor of a saved model is used, none is missing, at every TP size that works."""
+    config = parse_config(case.raw())
+    sources = sources_of(stored(oracle(case)))
     for tp_size in tp_sizes(config):
         plan = make_plan(
             targets(declare(config), tp_size, "BF16"),
@@ -75,7 +79,78 @@ def test_plans_against_the_tensors_of_transformers(case: Case) -> None:
             ranks=all_ranks(tp_size),
             names=FAMILIES[config.family].names,
         )
-        assert set(plan.sources) == set(state)
+        assert set(plan.sources) == set(sources)
+
+
+# What other tools make of "block_sparse_moe.experts.0.w1", w2 and w3 of a Mixtral checkpoint.
+SPELLINGS = {
+    "llmcompressor": "block_sparse_moe.experts.{}.{}",
+    "gptqmodel": "mlp.experts.{}.{}",
+}
+
+
+@pytest.mark.parametrize("tool", SPELLINGS)
+def test_mixtral_in_the_spelling_of_other_tools(tool: str) -> None:
+    case = BY_ID["mixtral"]
+    spelt = {}
+    for name, tensor in stored(oracle(case)).items():
+        head, _, rest = name.partition("block_sparse_moe.experts.")
+        if rest:
+            expert, module, leaf = rest.split(".")
+            module = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[module]
+            name = f"{head}{SPELLINGS[tool].format(expert, module)}.{leaf}"
+        elif tool == "gptqmodel":
+            name = name.replace("block_sparse_moe", "mlp")
+        spelt[name] = tensor
+    sources = sources_of(spelt)
+    plan = make_plan(
+        targets(declare(parse_config(case.raw())), 2, "BF16"),
+        sources,
+        ranks=all_ranks(2),
+        names=FAMILIES["mixtral"].names.fitting(sources),
+    )
+    assert set(plan.sources) == set(spelt)
+    by_part = {(binding.target, binding.part): binding.source for binding in plan.bindings}
+    experts = SPELLINGS[tool].format(2, "{}_proj")
+    target = "model.layers.1.block_sparse_moe.experts.2.gate_up_proj.weight"
+    assert by_part[target, 0] == f"model.layers.1.{experts.format('gate')}.weight"
+    assert by_part[target, 1] == f"model.layers.1.{experts.format('up')}.weight"
+
+
+def test_experts_stored_side_by_side_are_no_surplus_in_silence() -> None:
+    """As transformers 5 has them in memory: not read yet, and said so."""
+    case = BY_ID["qwen3-moe"]
+    with pytest.raises(PlanError) as caught:
+        make_plan(
+            targets(declare(parse_config(case.raw())), 1, "BF16"),
+            sources_of(oracle(case).state_dict()),
+            ranks=all_ranks(1),
+            names=FAMILIES["qwen3_moe"].names,
+        )
+    text = "\n".join(map(str, caught.value.problems))
+    assert "model.layers.0.mlp.experts.4.down_proj.weight" in text
+    assert (
+        "model.layers.1.mlp.experts.gate_up_proj: checkpoint tensor f32[5, 36, 48] belongs to no "
+        "parameter, and no rule skips it. In model.safetensors."
+    ) in text
+
+
+def test_a_model_of_many_experts_is_declared_at_once() -> None:
+    """Each distinct layout is worked out once: 12 627 entries, 77 ms on one core."""
+    raw = {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    }
+    config = parse_config(raw)
+    start = time.process_time()
+    found = targets(declare(config), 8, "BF16")
+    assert time.process_time() - start < 1
+    assert len(found) == 48 * (2 * 128 + 7) + 3
+    assert len({id(target.layout) for target in found}) == 8
 
 
 def test_equal_layers_share_their_layout() -> None:

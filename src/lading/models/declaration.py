@@ -13,7 +13,7 @@ Names are the checkpoint's own, with q, k, v and gate, up fused:
     model.norm.weight                        vector       [H]
     lm_head                                  embedding    [V, H], tied to model.embed_tokens or not
 
-in place of the MLP, in a layer with experts (of some families "mlp" and "down_proj" have other names):
+In a layer with experts, in place of the MLP (some families have other names for mlp, down_proj):
 
     model.layers.{i}.mlp.gate                replicated   [E, H]
     model.layers.{i}.mlp.experts.{e}.gate_up_proj         [2 * I_e, H], column

@@ -43,7 +43,7 @@ class Experts:
     size_key     the key of an expert's intermediate size
     size         where that key is left out
     normalised   the weights of a token's experts add up to 1
-    choosable    decoder_sparse_step and mlp_only_layers say which layers have experts; else all have
+    choosable    decoder_sparse_step and mlp_only_layers say which layers have experts; else all do
     block, down  names of the modules: of router and experts, of an expert's second layer
     """
 

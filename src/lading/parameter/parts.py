@@ -1,4 +1,4 @@
-"""Loading a part by what the parameter declares of itself, where the field's calls cannot say it."""
+"""Loading by what a parameter declares of itself, where the field's calls cannot say it."""
 
 from __future__ import annotations
 
