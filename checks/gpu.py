@@ -73,6 +73,7 @@ def main() -> int:
         dist.broadcast_object_list(names)
         made = Path(str(names[0])) / "made"
         if ranks.tp_rank == 0:
+            made.mkdir()
             write_checkpoint(str(made))
         dist.barrier()
         wrong = []

@@ -54,7 +54,7 @@ _PERMUTED = ("attn_q", "attn_k")
 _DERIVED = ("rope_freqs.weight",)
 """Follows from the config: the factors of rotary frequencies."""
 
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER = re.compile(r"blk\.(0|[1-9][0-9]*)\.(\w+)\.(weight|bias)")
 _OUTER = re.compile(r"(\w+)\.(weight|bias)")
 
 
@@ -87,7 +87,7 @@ def weights_of(header: GgufHeader) -> dict[str, GgufWeight]:
             continue
         stem, name = _renamed(tensor.name)
         size = head_size if stem in _PERMUTED else 0
-        rows = tensor.shape[-1] if len(tensor.shape) == 1 else tensor.num_rows
+        rows, _ = _matrix(tensor)
         if size and rows % size:
             raise ConfigError(
                 f"has {rows} rows, needs whole heads of {size}: {rows} = {rows // size} * {size} + "
@@ -105,7 +105,7 @@ def read_weight(
     rows: tuple[int, int] | None = None,
     columns: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """float32 [rows, columns] of one weight, or [columns] of one with one dim, in the model's order.
+    """float32 [rows, columns] in the model's order; of a weight of one dim, [rows].
 
     raw             the whole file; a memory map reads only the rows that are asked for
     rows, columns   (start, stop) in the model's coordinates, None = all
@@ -115,14 +115,10 @@ def read_weight(
     """
     import torch
 
-    tensor = weight.tensor
-    is_vector = len(tensor.shape) == 1
-    num_rows, num_columns = (
-        (1, tensor.shape[0]) if is_vector else (tensor.num_rows, tensor.shape[-1])
-    )
+    tensor, kind = weight.tensor, weight.tensor.kind
+    num_rows, num_columns = _matrix(tensor)
     first, last = _span(rows, num_rows, "rows")
     left, right = _span(columns, num_columns, "columns")
-    kind = tensor.kind
     for at in (left, right):
         if at % kind.block:
             raise LayoutError(
@@ -130,19 +126,22 @@ def read_weight(
                 f"{at} = {at // kind.block} * {kind.block} + {at % kind.block}",
                 subject=weight.name,
             )
-    order, low, high = _file_rows(first, last, 0 if is_vector else weight.head_size)
-    start, width = tensor.start + low * tensor.row_bytes, tensor.row_bytes
+    order, low, high = _file_rows(first, last, weight.head_size)
+    width = num_columns // kind.block * kind.block_bytes
+    start = tensor.start + low * width
     part = memoryview(raw)[start : start + (high - low) * width]
+    if len(part) != (high - low) * width:
+        raise CallError(
+            f"{len(raw)} bytes are given, needs the file up to byte {start + (high - low) * width}",
+            subject=weight.name,
+        )
+    if not part:
+        return torch.empty(0, right - left)
     data = torch.frombuffer(bytearray(part), dtype=torch.uint8).reshape(high - low, width)
-    skip, stop = (at // kind.block * kind.block_bytes for at in (left, right))
-    values = decode_blocks(kind.name, data[:, skip:stop])
-    values = values[torch.tensor([row - low for row in order], dtype=torch.int64)]
-    if not is_vector:
-        return values
-    if not weight.head_size:
-        return values[0]
-    order, low, high = _file_rows(0, num_columns, weight.head_size)
-    return values[0][torch.tensor(order)]
+    begin, end = (at // kind.block * kind.block_bytes for at in (left, right))
+    values = decode_blocks(kind.name, data[:, begin:end])
+    values = values[torch.tensor([row - low for row in order])]
+    return values.reshape(-1) if len(tensor.shape) == 1 else values
 
 
 def decode_blocks(kind: str, data: torch.Tensor) -> torch.Tensor:
@@ -191,6 +190,17 @@ def _file_rows(first: int, last: int, head_size: int) -> tuple[list[int], int, i
     return order, min(order, default=first), max(order, default=first - 1) + 1
 
 
+def _matrix(tensor: GgufTensor) -> tuple[int, int]:
+    """(rows, columns); of one dim, as many rows of one column: such tensors have no blocks."""
+    if len(tensor.shape) > 1:
+        return tensor.num_rows, tensor.shape[-1]
+    if tensor.kind.block > 1:
+        raise DtypeError(
+            f"is {tensor.kind.name} of one dim, needs two for blocks", subject=tensor.name
+        )
+    return tensor.shape[0], 1
+
+
 def _span(span: tuple[int, int] | None, size: int, word: str) -> tuple[int, int]:
     first, last = (0, size) if span is None else span
     if not 0 <= first <= last <= size:
@@ -202,7 +212,7 @@ def _renamed(name: str) -> tuple[str, str]:
     """('attn_q', 'model.layers.0.self_attn.q_proj.weight') of 'blk.0.attn_q.weight'."""
     match = _LAYER.fullmatch(name)
     if match is not None and match[2] in _IN_LAYER:
-        return match[2], f"model.layers.{int(match[1])}.{_IN_LAYER[match[2]]}.{match[3]}"
+        return match[2], f"model.layers.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
     match = _OUTER.fullmatch(name)
     if match is not None and match[1] in _WHOLE:
         return match[1], f"{_WHOLE[match[1]]}.{match[2]}"

@@ -10,8 +10,8 @@ Layout of a file, versions 2 and 3, little-endian (`docs/gguf.md` of ggml):
     the tensors   offsets count from here and are multiples of the alignment
     string     u64 length in bytes, UTF-8;   array   u32 type, u64 count, values
 
-Dims are in ggml's order, the innermost first: a weight of O outputs and I inputs is (I, O) there and
-[O, I] here. A header comes from a stranger, so every damage is a `HeaderError`, never another
+Dims are in ggml's order, the innermost first: a weight of O outputs and I inputs is (I, O) there
+and [O, I] here. A header comes from a stranger, so every damage is a `HeaderError`, never another
 exception, and nothing is allocated on its word. Here is no I/O and no torch.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import NoReturn
 
@@ -256,7 +257,7 @@ class _Parser:
                 )
             tensors[name] = tensor
         in_order = sorted(tensors.values(), key=lambda tensor: tensor.start)
-        for one, following in zip(in_order, in_order[1:], strict=False):
+        for one, following in pairwise(in_order):
             if one.start + one.num_bytes > following.start:
                 self.subject = following.name
                 self._fail(
@@ -302,8 +303,8 @@ class _Parser:
     def _pass(self, num_bytes: int) -> None:
         if num_bytes > len(self.raw) - self.at:
             self._fail(
-                f"needs {num_bytes} bytes at byte {self.at}, {len(self.raw) - self.at} are left (it "
-                "is cut off, or not a GGUF file)"
+                f"needs {num_bytes} bytes at byte {self.at}, {len(self.raw) - self.at} are left (it is "
+                "cut off, or not a GGUF file)"
             )
         self.at += num_bytes
 
