@@ -244,7 +244,7 @@ def test_grains(grain: Fraction, tp_size: int) -> None:
         ]
         return np.concatenate(kept, axis=1)
 
-    assert layout().source_shape("q") == (3, 512 / grain)
+    assert layout().source_shape("q") == (3, int(512 / grain))
     assert_same(layout(), wanted)
 
 
@@ -344,9 +344,9 @@ def test_one_number_for_all_parts() -> None:
     parts = tuple(Part(name=n, size=1, max_pieces=1) for n in "ab")
     layout = Layout(cuts=(Cut(axis=Axis(parts=parts, scalars=True)),), tp_size=3)
     assert (layout.local_shape, layout.fused_shape) == ((2,), (1,))
-    both = dict.fromkeys("ab", np.array([7]))
+    both: dict[PartName, Ints] = dict.fromkeys("ab", np.array([7]))
     np.testing.assert_array_equal(local(layout, 2, both, fused=True), [7, 7])
-    one_each = {"a": np.array([7]), "b": np.array([8])}
+    one_each: dict[PartName, Ints] = {"a": np.array([7]), "b": np.array([8])}
     np.testing.assert_array_equal(local(layout, 2, one_each, fused=False), [7, 8])
 
 

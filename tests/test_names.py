@@ -124,3 +124,23 @@ def test_a_rename_that_cannot_be(rename: tuple[str, str], fact: str) -> None:
         Names(renames=(rename,))
     pair = f"({rename[0]!r}, {rename[1]!r})"
     assert str(caught.value) == f"rename rule: {pair} cannot be: {fact}."
+
+
+def test_the_spelling_of_the_file_chooses_the_rules() -> None:
+    other = Names(renames=((r"\.w2\.", ".down_proj."),))
+    another = Names(renames=((r"^model\.", ""),))
+    names = Names(others=((r".*\.down_proj\..*", other), (r"layers\..*", another)))
+    assert names.fitting(["model.layers.0.w2.weight"]) is names
+    assert names.fitting(["model.norm.weight", "model.layers.0.down_proj.qweight"]) is other
+    assert names.fitting({"layers.0.w2.weight": None}) is another
+    assert names.fitting(["layers.0.down_proj.weight"]) is other
+    assert Names().fitting([]) == Names()
+
+
+def test_a_spelling_that_cannot_be() -> None:
+    with pytest.raises(DeclarationError) as caught:
+        Names(others=(("(", Names()),))
+    assert str(caught.value) == (
+        "other names: '(' is no regular expression: missing ), unterminated subpattern at "
+        "position 0."
+    )

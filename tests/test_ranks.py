@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from lading import ranks as ranks_module
 from lading.errors import CallError
@@ -140,7 +140,7 @@ def in_a_group(rank: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(in_a_group, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(in_a_group, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     for rank in range(2):
         other = 1 - rank
         assert torch.load(tmp_path / str(rank), weights_only=False) == {

@@ -125,7 +125,7 @@ def spell(code: str, shape: tuple[int, ...]) -> str:
 
 
 def storage_bytes(code: str) -> int:
-    """Bytes of one element of the torch tensor that holds it: 1 for F4, of which two share a byte."""
+    """Bytes of one element of the torch tensor that holds it: 1 for F4, two of which share it."""
     return max(BITS[code] // 8, 1)
 
 

@@ -314,8 +314,8 @@ class Layout:
             raise
 
     def __hash__(self) -> int:
-        # Sizes tell layouts apart; a plan hashes one a target, and walking all values took longer
-        # than the rest of the plan (92,000 targets: 0.6 s of 1.5 s, with this 0.2 s).
+        # Sizes tell most layouts apart, and a plan hashes one a target: of 92,000 targets, walking
+        # all values took 0.2 s of 1.4 s more (CPython 3.11).
         return hash((self.tp_size, *[p.size for cut in self.cuts for p in cut.axis.parts]))
 
     @staticmethod

@@ -40,7 +40,18 @@ from lading.ranks import Ranks
 from lading.regions import Copy, Region
 from lading.specs import Constant
 
-__all__ = ["Binding", "Check", "Expected", "Fill", "Plan", "Share", "Skipped", "Target", "Tie", "make_plan"]
+__all__ = [
+    "Binding",
+    "Check",
+    "Expected",
+    "Fill",
+    "Plan",
+    "Share",
+    "Skipped",
+    "Target",
+    "Tie",
+    "make_plan",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,8 +229,7 @@ class Plan:
     def share_bytes(self, share: Share) -> int:
         """Bytes of the checkpoint that one rank keeps."""
         return sum(
-            copy.source_region.num_elements
-            * dtypes.storage_bytes(self.sources[copy.source].dtype)
+            copy.source_region.num_elements * dtypes.storage_bytes(self.sources[copy.source].dtype)
             for copy in share.copies
         )
 

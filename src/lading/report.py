@@ -528,7 +528,7 @@ def inspect_report(checkpoint: Checkpoint, facts: Sequence[tuple[str, str]]) -> 
         Line(text=""),
         Table(heads=("file", "tensors", "bytes"), rows=_file_rows(checkpoint), right=(1, 2)),
         Line(text=""),
-        Table(heads=("tensor", "is", "each", "×"), rows=folded, right=(2, 3)),
+        Table(heads=("tensor", "is", "each", "n"), rows=folded, right=(2, 3)),
     )
 
 

@@ -130,7 +130,7 @@ def test_experts_stored_side_by_side_are_no_surplus_in_silence() -> None:
     text = "\n".join(map(str, caught.value.problems))
     assert "model.layers.0.mlp.experts.4.down_proj.weight" in text
     assert (
-        "model.layers.1.mlp.experts.gate_up_proj: checkpoint tensor f32[5, 36, 48] belongs to no "
+        "model.layers.1.mlp.experts.gate_up_proj: checkpoint tensor fp32[5, 36, 48] belongs to no "
         "parameter, and no rule skips it. In model.safetensors."
     ) in text
 

@@ -46,7 +46,7 @@ def file_of(
     version: int = 3,
 ) -> bytes:
     """A file: name → (shape, number of its kind, bytes)."""
-    alignment = metadata.get("general.alignment", 32)
+    alignment = int(metadata.get("general.alignment", 32))
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
     head += b"".join(key(name, value) for name, value in metadata.items())
     data = b""
@@ -143,11 +143,11 @@ def slowly(number: int, row: bytes, column: int) -> np.float32:
     block, inner = divmod(column, kind.block)
     raw = row[block * kind.block_bytes : (block + 1) * kind.block_bytes]
     if number == 0:
-        return np.frombuffer(raw, np.float32)[0]
+        return np.float32(np.frombuffer(raw, np.float32)[0])
     if number == 1:
         return np.float32(np.frombuffer(raw, np.float16)[0])
     if number == 30:
-        return np.frombuffer(b"\0\0" + raw, np.float32)[0]
+        return np.float32(np.frombuffer(b"\0\0" + raw, np.float32)[0])
     d = np.float32(np.frombuffer(raw[:2], np.float16)[0])
     if number == 8:
         return np.float32(struct.unpack_from("b", raw, 2 + inner)[0]) * d
@@ -232,9 +232,9 @@ def test_impossible_tensors_are_named() -> None:
         "header: has a name of 65 bytes at byte 32, needs at most 64."
     )
     assert problem(file_of({}, one)[:-1]) == "t: is at bytes 96:160, the file ends at 159."
-    assert problem(_aligned(0)) == ("general.alignment: is 0, needs an int of at least 1.")
+    assert problem(_aligned(0)) == "general.alignment: is 0, needs an int of at least 1."
     raw = file_of({}, one)
-    assert problem(raw[:69] + struct.pack("<Q", 8) + raw[77:]) == (
+    assert problem(raw[:57] + struct.pack("<Q", 8) + raw[65:]) == (
         "t: begins at byte 8, needs a multiple of 32."
     )
     two = file_of({}, {"t": f32(2, 8), "u": f32(2, 8)})

@@ -301,10 +301,11 @@ class _Parser:
         return int.from_bytes(self.raw[start : self.at], "little")
 
     def _pass(self, num_bytes: int) -> None:
-        if num_bytes > len(self.raw) - self.at:
+        left = len(self.raw) - self.at
+        if num_bytes > left:
             self._fail(
-                f"needs {num_bytes} bytes at byte {self.at}, {len(self.raw) - self.at} are left (it is "
-                "cut off, or not a GGUF file)"
+                f"needs {num_bytes} bytes at byte {self.at}, {left} are left (it is cut off, or "
+                "not a GGUF file)"
             )
         self.at += num_bytes
 

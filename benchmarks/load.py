@@ -1,6 +1,8 @@
 """Loads a Llama-shaped checkpoint rank by rank, beside safetensors + narrow + copy_.
 
-    python benchmarks/load_dense.py [--gigabytes 2] [--tp 1 2 8] [--runs 5]
+    python benchmarks/load.py [--kind dense|gptq] [--gigabytes 2] [--tp 1 2 8] [--runs 5]
+
+`dense` is bf16; `gptq` is int4 in groups of 128, with four tensors for each linear layer.
 
 Both sides fill the same parameters of one rank after another, in one process each, alternating, from
 the page cache; each run is its own process, so that its peak memory is its own. Prints a Markdown table:
@@ -18,12 +20,34 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE, VOCABULARY = 2048, 16, 8, 5632, 32000
 
 
-def make_checkpoint(folder: Path, gigabytes: float) -> None:
-    """Random bf16 weights in files of about 1 GB, with an index and a config."""
+GROUP = 128
+
+
+def tensors_of(
+    name: str, shape: tuple[int, ...], kind: str
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The stored tensors of a module [O, I]: name → dtype and shape."""
+    if kind == "dense" or len(shape) == 1:
+        return {f"{name}.weight": ("bf16", shape)}
+    outputs, inputs = shape
+    return {
+        f"{name}.qweight": ("int32", (inputs // 8, outputs)),
+        f"{name}.qzeros": ("int32", (inputs // GROUP, outputs // 8)),
+        f"{name}.scales": ("fp16", (inputs // GROUP, outputs)),
+        f"{name}.g_idx": ("g_idx", (inputs,)),
+    }
+
+
+def make_checkpoint(folder: Path, gigabytes: float, kind: str) -> None:
+    """Random weights in files of about 1 GB, with an index and a config."""
     import torch
     from safetensors.torch import save_file
 
@@ -39,7 +63,11 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
         "input_layernorm": (HIDDEN,),
         "post_attention_layernorm": (HIDDEN,),
     }
-    per_layer = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+    stored = [tensors_of(name, shape, kind) for name, shape in shapes.items()]
+    sizes = {"bf16": 2, "fp16": 2, "int32": 4, "g_idx": 4}
+    per_layer = sum(
+        sizes[dtype] * torch.Size(shape).numel() for one in stored for dtype, shape in one.values()
+    )
     num_layers = max(1, round((gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / per_layer))
     weight_map: dict[str, str] = {}
     pending: dict[str, torch.Tensor] = {}
@@ -55,14 +83,20 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
 
     noise = torch.randn(1 << 24).to(torch.bfloat16)
 
-    def random(shape: tuple[int, ...]) -> torch.Tensor:
+    def random(shape: tuple[int, ...], dtype: str = "bf16") -> torch.Tensor:
         count = torch.Size(shape).numel()
-        return noise.repeat(-(-count // noise.numel()))[:count].view(shape).clone()
+        if dtype == "g_idx":
+            return torch.arange(count, dtype=torch.int32) // GROUP
+        if dtype == "int32":
+            return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+        values = noise.repeat(-(-count // noise.numel()))[:count].view(shape).clone()
+        return values.half() if dtype == "fp16" else values
 
     pending["model.embed_tokens.weight"] = random((VOCABULARY, HIDDEN))
     for layer in range(num_layers):
-        for name, shape in shapes.items():
-            pending[f"model.layers.{layer}.{name}.weight"] = random(shape)
+        for one in stored:
+            for name, (dtype, shape) in one.items():
+                pending[f"model.layers.{layer}.{name}"] = random(shape, dtype)
         if sum(t.nbytes for t in pending.values()) > 1e9:
             flush()
     pending["model.norm.weight"] = random((HIDDEN,))
@@ -82,6 +116,15 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
         "tie_word_embeddings": False,
         "dtype": "bfloat16",
     }
+    if kind == "gptq":
+        config["quantization_config"] = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": GROUP,
+            "desc_act": False,
+            "sym": True,
+            "checkpoint_format": "gptq",
+        }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -98,6 +141,17 @@ def run_lading(folder: Path, tp_size: int) -> tuple[float, int]:
     return time.perf_counter() - began, read
 
 
+OUTPUT_DIM = {"weight": 0, "qweight": 1, "qzeros": 1, "scales": 1, "g_idx": None}
+INPUT_DIM = {"weight": 1, "qweight": 0, "qzeros": 0, "scales": 0, "g_idx": 0}
+FUSED = {
+    "q_proj": ("qkv_proj", 0),
+    "k_proj": ("qkv_proj", 1),
+    "v_proj": ("qkv_proj", 2),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+
+
 def run_peer(folder: Path, tp_size: int) -> tuple[float, int]:
     """The same with safe_open, narrow and copy_, into fused parameters of the same shapes."""
     import torch
@@ -106,41 +160,60 @@ def run_peer(folder: Path, tp_size: int) -> tuple[float, int]:
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     began = time.perf_counter()
     kept = 0
-    fused = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1}
-    group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gu", "up_proj": "gu"}
     for rank in range(tp_size):
         model: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(index.values()):
             with safe_open(folder / file, "pt") as handle:
                 for name in handle.keys():  # noqa: SIM118  # not a dict
-                    full = handle.get_tensor(name)
-                    leaf = name.split(".")[-2]
-                    dim = 1 if leaf in ("o_proj", "down_proj") else 0
-                    if full.dim() == 2:
-                        size = full.shape[dim] // tp_size
-                        full = full.narrow(dim, rank * size, size)
-                    if leaf not in fused:
-                        model[name] = torch.empty(full.shape, dtype=full.dtype).copy_(full)
-                    else:
-                        key = name.replace(leaf, group[leaf])
-                        kv = HIDDEN // HEADS * KV_HEADS // tp_size
-                        sizes = (
-                            [HIDDEN // tp_size, kv, kv]
-                            if group[leaf] == "qkv"
-                            else [INTERMEDIATE // tp_size] * 2
-                        )
-                        if key not in model:
-                            model[key] = torch.empty(sum(sizes), HIDDEN, dtype=full.dtype)
-                        at = sum(sizes[: fused[leaf]])
-                        model[key].narrow(0, at, sizes[fused[leaf]]).copy_(full)
-                    kept += full.nbytes
+                    local = handle.get_tensor(name)
+                    module, leaf = name.split(".")[-2:]
+                    is_row = module in ("o_proj", "down_proj")
+                    dim = INPUT_DIM[leaf] if is_row else OUTPUT_DIM[leaf]
+                    if dim is not None and (local.dim() > 1 or is_row):
+                        size = local.shape[dim] // tp_size
+                        local = local.narrow(dim, rank * size, size)
+                    kept += local.nbytes
+                    if module not in FUSED or leaf == "g_idx":
+                        model[name] = torch.empty(local.shape, dtype=local.dtype).copy_(local)
+                        continue
+                    _copy_part(model, name, local, OUTPUT_DIM[leaf] or 0, tp_size)
         del model
     return time.perf_counter() - began, kept
 
 
+def _copy_part(
+    model: dict[str, torch.Tensor], name: str, local: torch.Tensor, dim: int, tp_size: int
+) -> None:
+    """One part into its place in a fused parameter."""
+    import torch
+
+    module, leaf = name.split(".")[-2:]
+    fused, position = FUSED[module]
+    kv = HIDDEN // HEADS * KV_HEADS
+    rows = [HIDDEN, kv, kv] if fused == "qkv_proj" else [INTERMEDIATE] * 2
+    words = 8 if leaf == "qzeros" else 1
+    sizes = [n // tp_size // words for n in rows]
+    key = name.replace(module, fused)
+    if key not in model:
+        shape = list(local.shape)
+        shape[dim] = sum(sizes)
+        model[key] = torch.empty(shape, dtype=local.dtype)
+    at = sum(sizes[:position])
+    model[key].narrow(dim, at, sizes[position]).copy_(local)
+
+
 def measure(folder: Path, side: str, tp_size: int) -> dict[str, float]:
     """One run in a process of its own."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--side", side, "--tp", str(tp_size)]
+    command = [
+        sys.executable,
+        __file__,
+        "--folder",
+        str(folder),
+        "--side",
+        side,
+        "--tp",
+        str(tp_size),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -148,6 +221,7 @@ def measure(folder: Path, side: str, tp_size: int) -> dict[str, float]:
 def main() -> None:
     """The table, or one side's run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--kind", choices=["dense", "gptq"], default="dense")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 8])
     parser.add_argument("--runs", type=int, default=5)
@@ -166,10 +240,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.folder or Path(name)
         if options.folder is None:
-            make_checkpoint(folder, options.gigabytes)
+            make_checkpoint(folder, options.gigabytes, options.kind)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         print(f"{size / 1e9:.2f} GB, {options.runs} runs, alternating\n")
-        print("| TP | lading s | peer s | peer / lading | read / kept | peak lading GB | peak peer GB |")
+        print(
+            "| TP | lading s | peer s | peer / lading | read / kept | peak lading GB | peak peer GB |"
+        )
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for tp_size in options.tp:
             both: dict[str, list[dict[str, float]]] = {"lading": [], "peer": []}
