@@ -4,9 +4,10 @@
 
 `dense` is bf16; `gptq` is int4 in groups of 128, with four tensors for each linear layer.
 
-Both sides fill the same parameters of one rank after another, in one process each, alternating, from
-the page cache; each run is its own process, so that its peak memory is its own. Prints a Markdown table:
-medians, the peer's time over lading's, bytes read over bytes kept, and memory beyond the parameters.
+Both sides fill the same parameters of one rank after another, in one process each, alternating,
+from the page cache; each run is its own process, so that its peak memory is its own. Prints a
+Markdown table: medians, the peer's time over lading's, bytes read over bytes kept, and memory
+beyond the parameters.
 """
 
 from __future__ import annotations
@@ -244,7 +245,8 @@ def main() -> None:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         print(f"{size / 1e9:.2f} GB, {options.runs} runs, alternating\n")
         print(
-            "| TP | lading s | peer s | peer / lading | read / kept | peak lading GB | peak peer GB |"
+            "| TP | lading s | peer s | peer / lading | read / kept | peak lading GB "
+            "| peak peer GB |"
         )
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for tp_size in options.tp:
@@ -262,7 +264,8 @@ def main() -> None:
             )
             print(
                 f"| {tp_size} | {own['seconds']:.2f} | {peer['seconds']:.2f} | {ratio:.2f} "
-                f"| {own['read'] / peer['read']:.3f} | {own['peak'] / 1e9:.2f} | {peer['peak'] / 1e9:.2f} |"
+                f"| {own['read'] / peer['read']:.3f} | {own['peak'] / 1e9:.2f} "
+                f"| {peer['peak'] / 1e9:.2f} |"
             )
 
 

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 checks/gpu.py [FOLDER ...]
 
-Makes a small Llama-shaped checkpoint, loads it on the GPUs and on the CPU, and compares every element
-of every parameter, and the logits with those of one rank on the CPU. Each FOLDER (a checkpoint, for
-instance a quantised one) is loaded and decoded on both and compared in the same way. Exits 1 where
-anything differs.
+Makes a small Llama-shaped checkpoint, loads it on the GPUs and on the CPU, and compares every
+element of every parameter, and the logits with those of one rank on the CPU. Each FOLDER (a
+checkpoint, for instance a quantised one) is loaded and decoded on both and compared in the same
+way. Exits 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def compare(folder: Path, ranks: Ranks, device: torch.device) -> list[str]:
         if not torch.equal(one.detach().cpu().view(torch.uint8), two.detach().view(torch.uint8)):
             wrong.append(f"{name} differs")
     for (name, one), (_, two) in zip(model.named_modules(), twin.named_modules(), strict=True):
-        if isinstance(one, ParallelLayer) and one.quant is not None:
-            if not torch.equal(one.dequantized_weight().cpu(), two.dequantized_weight()):
-                wrong.append(f"{name} decodes differently")
+        if not isinstance(one, ParallelLayer) or one.quant is None:
+            continue
+        if not torch.equal(one.dequantized_weight().cpu(), two.dequantized_weight()):
+            wrong.append(f"{name} decodes differently")
     ids = torch.arange(26).reshape(2, 13)
     with torch.no_grad():
         found, needed = model(ids.to(device)).cpu(), single(ids)

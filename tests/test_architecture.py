@@ -19,7 +19,8 @@ ROOMS = (
     *("errors", "dtypes", "regions", "ranks", "layouts", "specs", "layers", "names"),
     *("checkpoint", "proof", "plan", "json_values", "plan_json"),
     # parameters, layers, the verbs
-    *("writing", "owners", "ledger", "parameter", "schemes", "nn", "transport", "models"),
+    *("writing", "owners", "ledger", "parameter", "schemes", "nn", "transport"),
+    *("models", "preflight"),
     *("loading", "pretrained", "decoding", "export", "update", "engines"),
     # processes, checks, eyes
     *("progress", "launch", "verify", "report", "draw", "demo", "cli", "__main__"),
@@ -41,7 +42,10 @@ WITHOUT_TORCH = [
     "plan",
     "json_values",
     "plan_json",
+    "models",
+    "preflight",
     "report",
+    "schemes",
 ]
 
 UNTESTED = {

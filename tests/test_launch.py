@@ -15,9 +15,8 @@ import pytest
 
 from lading import launch
 from lading import ranks as ranks_module
-from lading.demo import write_checkpoint
-from lading.errors import CallError, ConfigError, FileError, PlanError, RankError
-from lading.ranks import Ranks, all_ranks
+from lading.errors import CallError, FileError, RankError
+from lading.ranks import Ranks
 
 SECONDS = 20
 """No failure of a rank may take longer: the start of the processes included."""
@@ -169,48 +168,6 @@ def test_a_signal_to_the_command_ends_all_ranks(tmp_path: Path, number: signal.S
         assert process.returncode == 128 + number
         assert "Traceback" not in errors
         assert [entry for entry in temporary.iterdir() if entry.name.startswith("lading")] == []
-
-
-# -------------------------------------------------------------------------------------- preflight
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("llama")
-    write_checkpoint(str(path))
-    return str(path)
-
-
-def test_preflight(folder: str) -> None:
-    found = launch.preflight(folder, all_ranks(2))
-    assert len(found.plan.shares) == 2
-    assert found.config.family == "llama"
-    assert {target.dtype for target in found.plan.targets} == {"BF16"}
-    cast = launch.preflight(folder, all_ranks(2), dtype="F16")
-    assert {target.dtype for target in cast.plan.targets} == {"F16"}
-
-
-def test_preflight_is_the_plan_of_the_load(folder: str) -> None:
-    from lading.pretrained import prepare_pretrained
-
-    for ranks in all_ranks(2):
-        ahead = launch.preflight(folder, [ranks]).plan
-        assert ahead.digest == prepare_pretrained(folder, ranks=ranks).plan.digest
-
-
-def test_preflight_says_which_sizes_divide(folder: str) -> None:
-    with pytest.raises(PlanError) as caught:
-        launch.preflight(folder, all_ranks(3))
-    assert caught.value.hint == "TP 1, 2: there every layer divides"
-
-
-def test_preflight_without_a_config(folder: str, tmp_path: Path) -> None:
-    import numpy
-    from safetensors.numpy import save_file
-
-    save_file({"x": numpy.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"^config.json: is missing, needs one beside"):
-        launch.preflight(str(tmp_path), all_ranks(1))
 
 
 def test_device_of_a_host_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

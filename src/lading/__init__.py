@@ -1,4 +1,5 @@
-"""lading: model checkpoints into tensor-parallel PyTorch models, by a plan proved before a byte is read.
+"""lading: model checkpoints into tensor-parallel PyTorch models, by a plan proved before a byte is
+read.
 
 Names are imported when they are first used, so that `import lading` needs no torch.
 """
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
     from lading.decoding import dequantize
     from lading.errors import LadingError, PlanError
     from lading.loading import LoadReport, load
-    from lading.pretrained import from_pretrained
     from lading.names import Names, SkipRule
     from lading.nn import check_loaded, start_load
     from lading.owners import name_parameters
     from lading.plan import Plan, make_plan
+    from lading.pretrained import from_pretrained
     from lading.ranks import Ranks, all_ranks
 
 __version__ = "0.1.0"

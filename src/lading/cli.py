@@ -1,4 +1,4 @@
-"""The command `lading`: demo, load, plan, verify, inspect.
+"""The command `lading`: demo, load, plan, verify, dequantize, inspect.
 
 Results go to stdout, as text or with --json as one line of JSON; progress, notes and errors to
 stderr, of rank 0 only. Exit status: 0 = done and right, 1 = a check failed (the checkpoint, the
@@ -9,6 +9,7 @@ JSON: every object has "ok" and "command"; where ok is false, "error" has the er
     plan      summary (tp_size, ranks, num_parameters, proof, digest, ...), plan (lading.plan_json)
     load      tp_size, dtype, checkpoint_bytes, seconds, gigabytes_per_second, ranks, casts, skipped
     verify    elements_compared, mismatches, first_mismatches, reader, logits, load
+    dequantize   tp_size, out, num_tensors
     inspect   folder, format, num_tensors, num_bytes, files, tensors, config, tp_sizes
     demo      folder, plan (a summary), load, verify
 
@@ -99,8 +100,7 @@ def main() -> NoReturn:
     """The entry point: runs the command and exits."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal in ASCII
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _terminated)  # so that ranks end and folders are removed
+    signal.signal(signal.SIGTERM, _terminated)  # so that ranks end and folders are removed
     app(prog_name="lading")
     sys.exit(0)
 
@@ -214,13 +214,13 @@ def plan(
         raise typer.BadParameter(problem, param_hint="--rank")
 
     def work() -> tuple[bool, dict[str, Any]]:
-        from lading import launch, report
+        from lading import preflight, report
         from lading.checkpoint import write_json
         from lading.plan_json import plan_to_json
         from lading.ranks import Ranks, all_ranks
 
         ranks = all_ranks(size) if rank is None else (Ranks(tp_rank=rank, tp_size=size),)
-        found = launch.preflight(path, ranks, dtype=_code(dtype))
+        found = preflight.preflight(path, ranks, dtype=_code(dtype))
         value = plan_to_json(found.plan) if as_json or out is not None else {}
         if out is not None:
             write_json(out, value)
@@ -279,6 +279,36 @@ def verify(
 
 
 @app.command()
+def dequantize(
+    path: Dir,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FILE", help="The safetensors file to write.")
+    ],
+    tp: Tp = None,
+    device: Device = None,
+    dense: Annotated[
+        bool, typer.Option("--all", help="Also the weights of layers that are not quantised.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Loads a quantised checkpoint on N processes and writes its weights decoded, in float32."""
+    size = _tp_of(tp)
+
+    def work() -> tuple[bool, dict[str, Any]]:
+        from lading import launch
+        from lading.report import Line
+
+        found = _on_ranks(
+            launch.dequantize_rank, path, size, None, _name(device), as_json, out, dense
+        )
+        if not as_json:
+            _show((Line(text=f"{found[0]} weights in {out}"),))
+        return True, {"tp_size": size, "out": out, "num_tensors": found[0]}
+
+    _run("dequantize", work, as_json)
+
+
+@app.command()
 def inspect(path: Dir, as_json: Json = False) -> None:
     """Shows the files, tensors, dtypes and sizes, and what the config declares."""
 
@@ -301,7 +331,7 @@ def inspect(path: Dir, as_json: Json = False) -> None:
 
 def _facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[int] | None]:
     """What config.json declares, or why lading cannot say; the TP sizes where it can."""
-    from lading import dtypes, launch, models
+    from lading import dtypes, models, preflight
 
     if checkpoint.config is None:
         return {"missing": "there is no config.json: plan, load and verify need one"}, None
@@ -322,7 +352,7 @@ def _facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[int] | None]:
         "quantization": (config.quantization or {}).get("quant_method"),
     }
     try:
-        sizes = list(launch.tp_sizes(checkpoint, config))
+        sizes = list(preflight.tp_sizes(checkpoint.folder))
     except LadingError as error:
         return {**facts, "problem": str(error)}, None
     return {**facts, "TP sizes": ", ".join(map(str, sizes)) or "none up to 64"}, sizes
@@ -352,12 +382,12 @@ def _on_ranks(
     *more: Any,
 ) -> list[Any]:
     """Runs a rank's work on every rank; what can be known to fail without them fails before."""
-    from lading import launch, report
+    from lading import launch, preflight, report
     from lading.ranks import all_ranks
 
     if launch.join_size() is None:
         launch.warm_up(tp_size)
-        plan = launch.preflight(path, all_ranks(tp_size), dtype=dtype).plan
+        plan = preflight.preflight(path, all_ranks(tp_size), dtype=dtype).plan
         if not as_json:
             _show((*report.proof_block(plan), report.Line(text="")))
     return launch.run_ranks(work, tp_size, (path, dtype, device, *more), device=device)

@@ -1,8 +1,8 @@
 """The verb `dequantize`: a quantised checkpoint, loaded on N ranks, as one file of float32 weights.
 
-(The file is not named so: `lading.dequantize` is the function.) Every rank decodes what it holds and
-writes it into its place in the file; no rank holds a full tensor of several ranks. Names are the
-checkpoint's own: a layer that is fused on disk is one tensor, others are one for each part.
+(The file is not named so: `lading.dequantize` is the function.) Every rank decodes what it holds
+and writes it into its place in the file; no rank holds a full tensor of several ranks. Names are
+the checkpoint's own: a layer that is fused on disk is one tensor, others are one for each part.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def dequantize(
     """Writes float32 weights of a checkpoint's quantised layers into one safetensors file.
 
     out     the file; it appears when it is complete
-    ranks   this process's rank; every rank of the group calls this, and all see the same file system
+    ranks   this process's rank; every rank of the group calls this, and all see the same file
+            system
     dense   also the weights of layers that are not quantised
     Gives the number of tensors. Raises what a load raises, the same on all ranks, and a CallError
     where the checkpoint has nothing to decode.

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 from lading import launch, report
 from lading.checkpoint import write_json
 from lading.errors import CallError
+from lading.preflight import Preflight, preflight
 from lading.ranks import all_ranks
 from lading.report import Block, Line, Look
 
 if TYPE_CHECKING:
     import torch
 
-    from lading.launch import Preflight
     from lading.verify import RankCheck
 
 __all__ = ["Demo", "run", "write_checkpoint"]
@@ -104,16 +104,16 @@ def _run(say: Say, look: Look, folder: str) -> Demo:
             Line(text=""),
         )
     )
-    preflight = launch.preflight(folder, all_ranks(TP_SIZE))
+    ahead = preflight(folder, all_ranks(TP_SIZE))
     say(
         (
             Line(text="2  The load is planned, from the files' headers alone", style="bold"),
-            *report.indented(report.proof_block(preflight.plan)),
+            *report.indented(report.proof_block(ahead.plan)),
             Line(text=""),
             Line(text="3  Where everything goes", style="bold"),
             Line(text=""),
-            *report.indented((report.where(preflight.plan, look=look),)),
-            *report.indented(report.notes(preflight.plan)),
+            *report.indented((report.where(ahead.plan, look=look),)),
+            *report.indented(report.notes(ahead.plan)),
             Line(text=""),
             Line(text=f"4  {TP_SIZE} processes load it, each its own share", style="bold"),
         )
@@ -136,7 +136,7 @@ def _run(say: Say, look: Look, folder: str) -> Demo:
             Line(text=report.speed(loads), style="bold"),
         )
     )
-    return Demo(folder=folder, preflight=preflight, checks=checks)
+    return Demo(folder=folder, preflight=ahead, checks=checks)
 
 
 def write_checkpoint(folder: str, *, seed: int = 0, **changes: Any) -> tuple[int, int]:

@@ -18,33 +18,27 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_all_start_methods, get_context, parent_process
 from typing import TYPE_CHECKING, Any
 
 from lading import ranks as ranks_module
-from lading.errors import CallError, ConfigError, LadingError, LayoutError, PlanError, RankError
+from lading.errors import CallError, LadingError, RankError
 from lading.ranks import Ranks, all_ranks
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-    from lading.checkpoint import Checkpoint
     from lading.loading import LoadReport
-    from lading.models import CausalLM, ModelConfig
-    from lading.plan import Plan
+    from lading.models import CausalLM
 
 __all__ = [
-    "Preflight",
     "RankLoad",
     "join_size",
     "load_rank",
-    "preflight",
     "run_ranks",
-    "tp_sizes",
     "warm_up",
 ]
 
@@ -54,94 +48,6 @@ GRACE_SECONDS = 3.0
 PRELOADED = ("torch", "torch.distributed", "lading.pretrained")
 
 Work = Callable[..., Any]
-
-
-# -------------------------------------------------------------------------------- before the start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preflight:
-    """What is known before any process is started: headers, config.json and the proved plan."""
-
-    checkpoint: Checkpoint
-    config: ModelConfig
-    plan: Plan
-
-
-def preflight(path: str, ranks: Sequence[Ranks], *, dtype: str | None = None) -> Preflight:
-    """The plan of a checkpoint folder, from headers alone and without torch.
-
-    ranks   to plan for; all have one tp_size
-    dtype   of the parameters, "BF16"; by default config.json's, else the one of most bytes
-    Raises a FileError, or a PlanError with every problem.
-    """
-    from lading import models
-    from lading.checkpoint import open_checkpoint
-    from lading.plan import make_plan
-    from lading.schemes import quant_config_of
-
-    checkpoint = open_checkpoint(path)
-    if checkpoint.config is None:
-        raise ConfigError(
-            "is missing, needs one beside the weights (it says which model this is)",
-            subject="config.json",
-            file=checkpoint.folder,
-            hint="lading inspect for what the files hold",
-        )
-    config = models.parse_config(checkpoint.config)
-    code = dtype or config.dtype or _most_common_dtype(checkpoint)
-    tp_size = ranks[0].tp_size
-    names = models.FAMILIES[config.family].names.fitting(checkpoint.tensors)
-    quant_config = quant_config_of(checkpoint, names)
-    try:
-        targets = models.targets(models.declare(config), tp_size, code, quant_config)
-    except PlanError as error:
-        if all(isinstance(problem, LayoutError) for problem in error.problems):
-            sizes = ", ".join(map(str, tp_sizes(checkpoint, config)))
-            error.hint = f"TP {sizes}: there every layer divides" if sizes else None
-        raise
-    plan = make_plan(targets, checkpoint.tensors, ranks=ranks, names=names)
-    return Preflight(checkpoint=checkpoint, config=config, plan=plan)
-
-
-def tp_sizes(checkpoint: Checkpoint, config: ModelConfig, up_to: int = 64) -> tuple[int, ...]:
-    """The tensor-parallel sizes at which every layer divides, as it is stored.
-
-    Raises a LadingError where what is stored fits no scheme.
-    """
-    from lading import models
-    from lading.schemes import quant_config_of
-
-    sizes = models.tp_sizes(config, up_to)
-    names = models.FAMILIES[config.family].names.fitting(checkpoint.tensors)
-    quant_config = quant_config_of(checkpoint, names)
-    if quant_config is None:
-        return sizes
-    declaration, found = models.declare(config), []
-    for size in sizes:
-        try:
-            models.targets(declaration, size, "BF16", quant_config)
-        except PlanError as error:
-            if not all(isinstance(problem, LayoutError) for problem in error.problems):
-                raise
-        else:
-            found.append(size)
-    return tuple(found)
-
-
-def _most_common_dtype(checkpoint: Checkpoint) -> str:
-    sizes: Counter[str] = Counter()
-    for source in checkpoint.tensors.values():
-        sizes[source.dtype] += source.num_bytes
-    floats = [code for code, _ in sizes.most_common() if code in ("F64", "F32", "BF16", "F16")]
-    if not floats:
-        raise ConfigError(
-            "declares no dtype, and no tensor has one",
-            subject="config.json",
-            file=checkpoint.folder,
-            hint="--dtype bf16",
-        )
-    return floats[0]
 
 
 def join_size() -> int | None:
@@ -476,4 +382,24 @@ def _summary(report: LoadReport, model: CausalLM) -> RankLoad:
         seconds=report.seconds,
         casts=report.casts,
         skipped=report.skipped,
+    )
+
+
+# -------------------------------------------------------------------------------------- dequantize
+
+
+def dequantize_rank(
+    ranks: Ranks, path: str, dtype: str | None, device: str | None, out: str, dense: bool
+) -> int:
+    """The work of each rank of `lading dequantize`: the number of tensors in the file."""
+    from lading.decoding import dequantize
+    from lading.progress import bar_of
+
+    return dequantize(
+        path,
+        out,
+        ranks=ranks,
+        device=device_of(ranks, device),
+        dense=dense,
+        progress=bar_of(ranks, "loading"),
     )

@@ -1,11 +1,12 @@
-"""The verb `load` (the file is not named so: `lading.load` is the function): a checkpoint into the parameters of one rank's model, all or nothing.
+"""The verb `load` (the file is not named so: `lading.load` is the function): a checkpoint into the
+parameters of one rank's model, all or nothing.
 
-Every rank plans and checks before any rank writes, and no rank raises while another waits: each stage
-ends with one exchange of verdicts, after which all ranks go on or all raise the same error.
+Every rank plans and checks before any rank writes, and no rank raises while another waits: each
+stage ends with one exchange of verdicts, after which all ranks go on or all raise the same error.
 
-A model on the meta device gets its memory here, and gets it only when everything has been read: a load
-that fails leaves it as it was. A model with live memory is written in place; if that fails half-way it
-is marked, and its forward pass refuses until a load succeeds.
+A model on the meta device gets its memory here, and gets it only when everything has been read: a
+load that fails leaves it as it was. A model with live memory is written in place; if that fails
+half-way it is marked, and its forward pass refuses until a load succeeds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from lading import dtypes, owners, ranks as ranks_module
+from lading import dtypes, owners
+from lading import ranks as ranks_module
 from lading.checkpoint import Checkpoint, open_checkpoint
-from lading.errors import CallError, DeclarationError, LadingError, NotLoadedError, PlanError, RankError
+from lading.errors import (
+    CallError,
+    DeclarationError,
+    LadingError,
+    NotLoadedError,
+    PlanError,
+    RankError,
+)
 from lading.layouts import Layout
 from lading.names import Names
 from lading.nn.base import ParallelLayer, like
@@ -110,8 +119,8 @@ def load(
     group     over which ranks agree; the default group where it is this rank's
     device    for parameters on meta: this rank's GPU where there is one, else the CPU
     names     naming rules; by default `packed_modules_mapping` of the model, and the usual ones
-    Raises a PlanError with every problem before anything is written, the same on all ranks; a FileError
-    where reading fails.
+    Raises a PlanError with every problem before anything is written, the same on all ranks; a
+    FileError where reading fails.
     """
     ranks = ranks or _ranks_of(model)
 
@@ -127,7 +136,12 @@ def load(
         return Prepared(model=model, checkpoint=checkpoint, plan=plan)
 
     _, report = run_load(
-        prepare, ranks=ranks, group=group, device=device, staging_bytes=staging_bytes, progress=progress
+        prepare,
+        ranks=ranks,
+        group=group,
+        device=device,
+        staging_bytes=staging_bytes,
+        progress=progress,
     )
     return report
 
@@ -204,10 +218,13 @@ def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessG
         result = work()
     except LadingError as found:
         error = found
-    except Exception as found:  # whatever it is: a rank that raised alone would leave the others waiting
+    except (
+        Exception
+    ) as found:  # whatever it is: a rank that raised alone would leave the others waiting
         if group is None:
             raise
         error = RankError(f"{type(found).__name__}: {found}")
+        error.__cause__ = found
     verdicts = ranks_module.exchange((error, None if error else facts(result)), group)
     failed = [(rank, verdict) for rank, (verdict, _) in enumerate(verdicts) if verdict is not None]
     if failed:
@@ -221,14 +238,16 @@ def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessG
     for rank, (_, other) in enumerate(verdicts):
         if other != first_facts:
             raise RankError(
-                f"ranks 0 and {rank} made different plans: they see different checkpoints or models, "
-                "needs the same on every rank"
+                f"ranks 0 and {rank} made different plans: they see different checkpoints or "
+                "models, needs the same on every rank"
             )
     return result
 
 
 def default_device(ranks: Ranks) -> torch.device:
-    """This rank's GPU (LOCAL_RANK, else the TP rank, modulo the GPUs), or the CPU where there is none."""
+    """This rank's GPU (LOCAL_RANK, else the TP rank, modulo the GPUs), or the CPU where there is
+    none.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", ranks.tp_rank))
@@ -236,8 +255,12 @@ def default_device(ranks: Ranks) -> torch.device:
 
 
 def names_of(model: nn.Module) -> Names:
-    """The usual naming rules with the model's own `packed_modules_mapping`, where it declares one."""
+    """The usual naming rules with the model's own `packed_modules_mapping`, where it declares
+    one.
+    """
     for scope in (vars(model), *(vars(cls) for cls in type(model).__mro__)):
+        if isinstance(scope.get("names"), Names):
+            return scope["names"]  # type: ignore[no-any-return]
         mapping = scope.get("packed_modules_mapping")
         if isinstance(mapping, Mapping):
             return Names.of(mapping)
@@ -310,8 +333,8 @@ def _layout_of(tensor: torch.Tensor, ranks: Ranks) -> Layout:
         if whole:
             return Layout.replicated(shape, ranks.tp_size)
         raise DeclarationError(
-            f"{type(tensor).__name__} does not say how it is cut over {ranks.tp_size} ranks, needs a "
-            "layout",
+            f"{type(tensor).__name__} does not say how it is cut over {ranks.tp_size} ranks, needs "
+            "a layout",
             hint="build it with a layer of lading.nn, or set its tp_layout",
         )
     if layout.tp_size != ranks.tp_size:
@@ -338,15 +361,15 @@ def _ranks_of(model: nn.Module) -> Ranks:
 
 def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     state = dict(_state(model))
-    return {
-        target.name: state[target.name] for target in plan.targets if target.expected is None
-    }
+    return {target.name: state[target.name] for target in plan.targets if target.expected is None}
 
 
 def _install(
     model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor], ranks: Ranks
 ) -> None:
-    """Gives parameters on meta their memory, keeping each object, and notes everything as loaded."""
+    """Gives parameters on meta their memory, keeping each object, and notes everything as
+    loaded.
+    """
     for name, tensor in _tensors_of(model, plan).items():
         if tensor.is_meta:
             _materialise(model, name, tensor, memory[name])
@@ -359,8 +382,8 @@ def _install(
 def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Tensor) -> None:
     """Swaps the memory in, so that every holder of the parameter sees it loaded.
 
-    Tensors with weak references cannot be swapped (torch.utils.swap_tensors): there the model gets a
-    new object of the same class under each of the parameter's names.
+    Tensors with weak references cannot be swapped (torch.utils.swap_tensors): there the model gets
+    a new object of the same class under each of the parameter's names.
     """
     new: torch.Tensor
     if isinstance(old, BasevLLMParameter):
@@ -371,7 +394,7 @@ def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Ten
     else:
         new = data
     try:
-        torch.utils.swap_tensors(old, new)
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     except RuntimeError:
         for module in model.modules():
             for table in (module._parameters, module._buffers):
@@ -388,8 +411,8 @@ class _Refusal:
 
     def __call__(self, module: nn.Module, _args: object) -> None:
         raise NotLoadedError(
-            f"its weights are partly overwritten by a load that failed ({self.reason}), needs a load "
-            "that succeeds",
+            f"its weights are partly overwritten by a load that failed ({self.reason}), needs a "
+            "load that succeeds",
             subject=type(module).__name__,
         )
 

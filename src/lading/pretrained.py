@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
 
-from lading import dtypes, models, owners, ranks as ranks_module
-from lading.checkpoint import Checkpoint, open_checkpoint
-from lading.errors import CallError, ConfigError
-from lading.loading import (
-    PathLike,
-    Prepared,
-    Progress,
-    default_device,
-    run_load,
-    targets_of,
-)
-from lading.plan import make_plan
+from lading import dtypes, models, owners
+from lading import ranks as ranks_module
+from lading.errors import CallError
+from lading.loading import PathLike, Prepared, Progress, default_device, run_load
+from lading.preflight import preflight
 from lading.ranks import Ranks
-from lading.schemes import quant_config_of
 from lading.transport import DEFAULT_STAGING_BYTES
 
 if TYPE_CHECKING:
@@ -28,7 +19,7 @@ if TYPE_CHECKING:
 
     from lading.loading import LoadReport
 
-__all__ = ["from_pretrained", "model_dtype", "prepare_pretrained"]
+__all__ = ["from_pretrained", "load_pretrained", "prepare_pretrained"]
 
 
 def from_pretrained(
@@ -43,8 +34,8 @@ def from_pretrained(
 ) -> models.CausalLM:
     """A ready model of this rank from a Hugging Face checkpoint folder.
 
-    Under torchrun the folder is all it needs: the process group is joined if nobody has, and the rank
-    is the process's own. The model has `load_report`, what the load did.
+    Under torchrun the folder is all it needs: the process group is joined if nobody has, and the
+    rank is the process's own. The model has `load_report`, what the load did.
 
     ranks    this process's rank; by default `lading.ranks.current()`
     device   by default this rank's GPU, or the CPU where there is none
@@ -81,7 +72,9 @@ def load_pretrained(
 ) -> tuple[models.CausalLM, LoadReport]:
     """`from_pretrained` for a known rank, with the report of what was done."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise CallError(f"dtype is {dtype!r}, needs a floating point torch.dtype", subject="from_pretrained")
+        raise CallError(
+            f"dtype is {dtype!r}, needs a floating point torch.dtype", subject="from_pretrained"
+        )
     place = torch.device(device) if device is not None else default_device(ranks)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -105,38 +98,17 @@ def prepare_pretrained(
     dtype: torch.dtype | None = None,
 ) -> Prepared:
     """The model on meta and its proved plan; nothing is read but headers and config.json."""
-    checkpoint = open_checkpoint(path)
-    if checkpoint.config is None:
-        raise ConfigError(
-            "is missing, needs one beside the weights (it says which model this is)",
-            subject="config.json",
-            file=checkpoint.folder,
-        )
-    config = models.parse_config(checkpoint.config)
-    chosen = dtype if dtype is not None else dtypes.to_torch(model_dtype(checkpoint, config.dtype))
-    names = models.FAMILIES[config.family].names
-    quant_config = quant_config_of(checkpoint, names)
-    declaration = models.declare(config)
-    models.targets(declaration, ranks.tp_size, dtypes.from_torch(chosen), quant_config)  # all problems
+    code = dtypes.from_torch(dtype) if dtype is not None else None
+    found = preflight(path, [ranks], dtype=code)
+    read = found.read
     with torch.device("meta"):
         model = models.CausalLM(
-            config, ranks=ranks, group=group, dtype=chosen, quant_config=quant_config
+            read.config,
+            ranks=ranks,
+            group=group,
+            dtype=dtypes.to_torch(read.dtype),
+            quant_config=read.quant_config,
         )
+    model.names = read.names
     owners.name_parameters(model)
-    plan = make_plan(
-        targets_of(model, ranks), checkpoint.tensors, ranks=[ranks], names=names
-    )
-    return Prepared(model=model, checkpoint=checkpoint, plan=plan)
-
-
-def model_dtype(checkpoint: Checkpoint, declared: str | None) -> str:
-    """The dtype that config.json declares, else the one of most checkpoint bytes."""
-    if declared is not None:
-        return declared
-    sizes: Counter[str] = Counter()
-    for source in checkpoint.tensors.values():
-        sizes[source.dtype] += source.num_bytes
-    floats = [code for code, _ in sizes.most_common() if code in ("F64", "F32", "BF16", "F16")]
-    if not floats:
-        raise ConfigError("declares no dtype, and no tensor has one", subject="config.json", file=checkpoint.folder)
-    return floats[0]
+    return Prepared(model=model, checkpoint=read.checkpoint, plan=found.plan)

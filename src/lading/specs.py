@@ -1,4 +1,5 @@
-"""The stored tensors of a layer, as data: which axis each dim runs along, with which grain. No torch.
+"""The stored tensors of a layer, as data: which axis each dim runs along, with which grain. No
+torch.
 
 A scheme of `lading.schemes` is a function from a layer to such specs; a dense layer has the two of
 `dense_specs`. Letters: O = outputs, I = inputs.
@@ -78,13 +79,14 @@ class TensorSpec:
 
     name      the last component of its name: "weight", "bias", "qweight", ...
     dims      one a dim of the parameter
-    dtypes    those that the format allows, in the safetensors spelling; the parameter takes the file's.
-              () = the model's dtype, to which a file may be cast
-    stored    the file's shape where it is another view of the same elements; -1 stands for all that is
-              left: (-1, 1) for a flattened column
+    dtypes    those that the format allows, in the safetensors spelling; the parameter takes the
+              file's. () = the model's dtype, to which a file may be cast
+    stored    the file's shape where it is another view of the same elements; -1 stands for all that
+              is left: (-1, 1) for a flattened column
     constant  what the values have to be, for tensors that are not parameters
     group     group size of a GROUP_INDEX constant
-    per_part  the first dim was put before the format's own: one entry for each part of a fused layer
+    per_part  the first dim was put before the format's own: one entry for each part of a fused
+              layer
     """
 
     name: str
@@ -108,5 +110,5 @@ def dense_specs(*, bias: bool) -> tuple[TensorSpec, ...]:
 
 
 def bias_spec() -> TensorSpec:
-    """bias [O], in the model's dtype."""
+    """Bias [O], in the model's dtype."""
     return TensorSpec(name="bias", dims=(Dim(along=Along.OUTPUT),))

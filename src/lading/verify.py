@@ -153,12 +153,12 @@ def verify_rank(
 
     logits   True = must be compared, False = not, None = where it can be done
     """
-    from lading import models, progress
+    from lading import progress
 
     model, loaded = load_model(ranks, path, dtype, device)
     group = ranks_module.group_of(ranks, None)
     bar = progress.bar_of(ranks, "verifying")
-    names = models.FAMILIES[model.config.family].names
+    names = model.names
     check_all = partial(verify, path, model, ranks, names=names, progress=bar)
     elements = _together(check_all, group)
     del check_all

@@ -50,7 +50,9 @@ def checkpoint(
     )
     model = model_class(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too: transformers starts them at 0, 1
+        for (
+            parameter
+        ) in model.parameters():  # biases and norms too: transformers starts them at 0, 1
             parameter.copy_(torch.randn_like(parameter) * 0.05 + (parameter.dim() == 1) * 0.5)
     folder = Path(tempfile.mkdtemp(prefix=f"lading-{family}-"))
     size = sum(p.numel() * 4 for p in model.parameters())

@@ -1,4 +1,6 @@
-"""Real checkpoints in real processes: logits and every element, against transformers and the file."""
+"""Real checkpoints in real processes: logits and every element, against transformers and the
+file.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ from .inputs import input_ids
 
 
 def logits(ranks: Ranks, folder: str) -> dict[str, Any]:
-    """Loads and runs; the logits' distance from transformers', and each element against the file."""
+    """Loads and runs; the logits' distance from transformers', and each element against the
+    file.
+    """
     model = lading.from_pretrained(folder, ranks=ranks, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         found = model(input_ids())

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lading import dtypes, owners, ranks as ranks_module, writing
+from lading import dtypes, owners, writing
+from lading import ranks as ranks_module
 from lading.errors import DeclarationError, LadingError, NotLoadedError
 from lading.layers import Layer
 from lading.layouts import Layout, PartName
@@ -45,7 +46,8 @@ class LoadableModule(nn.Module):
                 _require_complete(param)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoadableModule:
-        # to_empty() and conversions that need new memory make plain Parameters: keep ours, layout and all.
+        # to_empty() and conversions that need new memory make plain Parameters: keep ours, layout
+        # and all.
         before = dict(self._parameters)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
@@ -81,7 +83,8 @@ class ParallelLayer(LoadableModule):
         super().__init__()
         if quant_config is not None and not isinstance(quant_config, QuantConfig):
             raise DeclarationError(
-                f"quant_config is {type(quant_config).__name__}, needs a lading.schemes.QuantConfig",
+                f"quant_config is {type(quant_config).__name__}, needs a QuantConfig "
+                "(lading.schemes.quant_config_of)",
                 subject=prefix or type(self).__name__,
             )
         self.layer = layer
@@ -204,7 +207,7 @@ class ParallelLayer(LoadableModule):
         kernel.unpack(self)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ weight.T + bias with this rank's weight, decoded or by the engine's kernel."""
+        """X @ weight.T + bias with this rank's weight, decoded or by the engine's kernel."""
         if self.kernel is not None:
             return self.kernel.apply(self, x, bias)
         if self.quant is None:
@@ -265,7 +268,9 @@ def like(old: BasevLLMParameter, data: torch.Tensor) -> BasevLLMParameter:
 def _part_of(
     param: BasevLLMParameter, spec: TensorSpec, part: PartName, tp_rank: int
 ) -> tuple[torch.Tensor, dict[int, int]]:
-    """One part of a parameter, with its dims as the scheme declared them, and straddling offsets."""
+    """One part of a parameter, with its dims as the scheme declared them, and straddling
+    offsets.
+    """
     layout = param.tp_layout
     assert layout is not None, "parameters of layers have layouts"
     name = part if layout.fused_dim is not None else None

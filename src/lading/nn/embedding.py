@@ -57,8 +57,8 @@ class VocabParallelEmbedding(ParallelLayer):
     ) -> None:
         if org_num_embeddings is not None and org_num_embeddings != num_embeddings:
             raise DeclarationError(
-                f"has {num_embeddings} rows of which the checkpoint has {org_num_embeddings}, needs "
-                "the two equal (added rows have no place in a checkpoint)",
+                f"has {num_embeddings} rows of which the checkpoint has {org_num_embeddings}, "
+                "needs the two equal (added rows have no place in a checkpoint)",
                 subject=prefix or type(self).__name__,
             )
         super().__init__(

@@ -1,4 +1,5 @@
-"""Parallel linear layers. Constructors, attributes and loaders follow the field's conventions (vLLM's
+"""Parallel linear layers. Constructors, attributes and loaders follow the field's conventions
+(vLLM's
 `model_executor/layers/linear.py`), so that an engine's model code reads the same.
 
 Forward passes return `(output, bias)` as there, bias only with `skip_bias_add`; `return_bias=False`
@@ -118,7 +119,7 @@ class ReplicatedLinear(_ParallelLinear):
         )
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
-        """x @ weight.T + bias."""
+        """X @ weight.T + bias."""
         self.require_loaded()
         return self._result(self.product(x, self._own_bias()))
 
@@ -168,7 +169,7 @@ class ColumnParallelLinear(_ParallelLinear):
         self.gather_output = gather_output
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
-        """x @ weight.T + bias, this rank's outputs or, gathered, all of them."""
+        """X @ weight.T + bias, this rank's outputs or, gathered, all of them."""
         self.require_loaded()
         output = self.product(x, self._own_bias())
         return self._result(self._gathered(output) if self.gather_output else output)
@@ -231,7 +232,8 @@ class QKVParallelLinear(ColumnParallelLinear):
     Over T ranks, with H = total_num_heads, K = total_num_kv_heads, D = head_size:
         part "q"       [H*D, I]  -> [H/T*D, I]
         part "k", "v"  [K*D, I]  -> [K/T*D, I]    for T <= K
-                                    [D, I]        for T > K: T/K neighbouring ranks keep the same head
+                                    [D, I]        for T > K: T/K neighbouring ranks keep the same
+                                                  head
     Example: 32 q heads, 8 KV heads of 128, T = 16: q 4096 -> 256 rows; k, v 1024 -> 128 rows, each
     held by 2 ranks.
     """
@@ -257,7 +259,12 @@ class QKVParallelLinear(ColumnParallelLinear):
         kv_heads = total_num_heads if total_num_kv_heads is None else total_num_kv_heads
         try:
             layer = Layer.qkv(
-                hidden_size, head_size, total_num_heads, kv_heads, v_head_size=v_head_size, bias=bias
+                hidden_size,
+                head_size,
+                total_num_heads,
+                kv_heads,
+                v_head_size=v_head_size,
+                bias=bias,
             )
         except DeclarationError as error:
             raise error.located(subject=prefix or type(self).__name__) from None
@@ -329,7 +336,7 @@ class RowParallelLinear(_ParallelLinear):
         self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
-        """x @ weight.T, summed over the ranks, + bias."""
+        """X @ weight.T, summed over the ranks, + bias."""
         self.require_loaded()
         if not self.input_is_parallel and self.tp_size > 1:
             x = x.chunk(self.tp_size, dim=-1)[self.tp_rank].contiguous()

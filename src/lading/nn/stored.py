@@ -49,7 +49,7 @@ class KernelFormat(Protocol):
     def apply(
         self, layer: ParallelLayer, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """x @ weight.T + bias."""
+        """X @ weight.T + bias."""
 
 
 def parameter_of(
@@ -64,14 +64,19 @@ def parameter_of(
     inputs = along.index(Along.INPUT) if Along.INPUT in along else None
     packed = _packing(spec, data.dtype)
     if output is not None and inputs is not None:
-        both = {"data": data, "weight_loader": loader, "output_dim": output, "input_dim": inputs}
+        both: dict[str, Any] = {
+            "data": data,
+            "weight_loader": loader,
+            "output_dim": output,
+            "input_dim": inputs,
+        }
         if packed is not None:
             return PackedvLLMParameter(**both, **packed)
         return _two_dims(spec.dims[output], spec.dims[inputs], both)
     if output is not None:
         if not any(part.max_pieces != 1 for part in layout.cuts[output].axis.parts):
             return BasevLLMParameter(data=data, weight_loader=loader)
-        one = {"data": data, "weight_loader": loader, "output_dim": output}
+        one: dict[str, Any] = {"data": data, "weight_loader": loader, "output_dim": output}
         if packed is not None:
             return PackedColumnParameter(**one, **packed)
         return ChannelQuantScaleParameter(**one)

@@ -1,9 +1,9 @@
 """What a scheme is: which tensors a layer is stored as, and how they decode.
 
 A `Scheme` is a frozen value, chosen for one layer from what config.json declares and from what the
-headers show. `specs` gives the layer's tensors as data, from which layouts, plans and parameters follow
-by the one arithmetic of `layouts`; no scheme cuts anything itself. `dequantize` decodes what one rank
-holds of one part.
+headers show. `specs` gives the layer's tensors as data, from which layouts, plans and parameters
+follow by the one arithmetic of `layouts`; no scheme cuts anything itself. `dequantize` decodes what
+one rank holds of one part.
 
 Letters: O = outputs, I = inputs of one part on one rank.
 """
@@ -56,8 +56,8 @@ class PartView:
 
     outputs, inputs              O and I
     first_output, first_input    where they begin in the full part
-    offsets                      (tensor, dim) → where the first element lies inside the first stored
-                                 entry; only for entries that a cut goes through, 0 elsewhere
+    offsets                      (tensor, dim) → where the first element lies inside the first
+                                 stored entry; only for entries that a cut goes through, 0 elsewhere
     """
 
     outputs: int
@@ -72,7 +72,9 @@ class PartView:
 
 
 class Scheme(ABC):
-    """How one layer is quantised. Subclasses are frozen dataclasses; equal values are equal schemes."""
+    """How one layer is quantised. Subclasses are frozen dataclasses; equal values are equal
+    schemes.
+    """
 
     @property
     @abstractmethod

@@ -2,8 +2,8 @@
 
 Letters: b = bits of an element, n = elements, W = words.
 
-    dense stream     element j is at bits j*b : (j+1)*b of the words, which may cross words: n*b/32 words
-    padded words     32 // b elements in a word, the high bits zero: ceil(n / (32 // b)) words
+    dense stream     element j is at bits j*b : (j+1)*b of the words, which may cross words: n*b/32
+    words padded words     32 // b elements in a word, the high bits zero: ceil(n / (32 // b)) words
 Bits count from the least significant of the first word (little endian).
 """
 
@@ -27,7 +27,9 @@ def unpack_dense(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     wide = words.to(torch.int64) & 0xFFFFFFFF
     following = torch.zeros_like(wide)
     following[..., :-1] = wide[..., 1:]
-    pairs = wide | (following << 32)  # the sign bit of the pair is only ever shifted out of the mask
+    pairs = wide | (
+        following << 32
+    )  # the sign bit of the pair is only ever shifted out of the mask
     starts = torch.arange(words.shape[-1] * 32 // bits, device=words.device) * bits
     values = (pairs[..., starts // 32] >> (starts % 32)) & ((1 << bits) - 1)
     return values.to(torch.int32).movedim(-1, dim)
@@ -54,14 +56,17 @@ def e2m1(codes: torch.Tensor) -> torch.Tensor:
 
 
 def e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """uint8 (or float8_e8m0fnu) exponents -> float32 2^(e - 127); 255 is NaN (OCP MX v1.0, 5.4.1)."""
+    """uint8 (or float8_e8m0fnu) exponents -> float32 2^(e - 127); 255 is NaN (OCP MX v1.0,
+    5.4.1).
+    """
     codes = exponents.view(torch.uint8).to(torch.int32)
     values = torch.ldexp(torch.ones(codes.shape, device=codes.device), codes - 127)
     return values.masked_fill(codes == 255, torch.nan)
 
 
 def spread(scales: torch.Tensor, dim: int, grain: int, offset: int, size: int) -> torch.Tensor:
-    """One entry for each `grain` elements -> one for each of `size` elements, from element `offset` on.
+    """One entry for each `grain` elements -> one for each of `size` elements, from element `offset`
+    on.
 
     offset   where the first element lies inside the first entry's elements
     Example: entries [a, b], grain 4, offset 2, size 5 -> [a, a, b, b, b].

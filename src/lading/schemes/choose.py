@@ -1,8 +1,8 @@
 """Which scheme each layer of a checkpoint has: the one table from `quant_method` to a parser.
 
-`quantization_of` finds what a checkpoint declares; `QuantConfig` joins it with the headers. It is what
-layers take as `quant_config`, as in the field: `for_layer(prefix, layer)` gives a layer's scheme and
-its stored tensors, or None where the layer is dense.
+`quantization_of` finds what a checkpoint declares; `QuantConfig` joins it with the headers. It is
+what layers take as `quant_config`, as in the field: `for_layer(prefix, layer)` gives a layer's
+scheme and its stored tensors, or None where the layer is dense.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class LayerScheme:
     """How one layer is stored.
 
     scheme   its scheme
-    specs    its stored tensors with the bias; in a fused layer a tensor that follows neither outputs
-             nor parts has one entry for each part
+    specs    its stored tensors with the bias; in a fused layer a tensor that follows neither
+             outputs nor parts has one entry for each part
     dtypes   of each tensor in the file, where the format leaves a choice; by tensor name
     fused    the file holds all parts side by side
     """
@@ -106,9 +106,7 @@ class QuantConfig:
         specs = [_per_part(spec, layer, found[0]) for spec in scheme.specs(layer, found[0])]
         specs += self._biases(layer, found)
         stored = tuple(self._dtypes(specs, found))
-        return LayerScheme(
-            scheme=scheme, specs=tuple(specs), dtypes=stored, fused=found[0].fused
-        )
+        return LayerScheme(scheme=scheme, specs=tuple(specs), dtypes=stored, fused=found[0].fused)
 
     def _found(self, prefix: str, layer: Layer) -> list[Found]:
         """What is stored of the layer: one module, or one for each part."""
@@ -153,7 +151,8 @@ class QuantConfig:
             return [bias_spec()]
         if not any("bias" in one.tensors for one in found):
             return []
-        # Older GPTQ tools write a bias of zeros for every layer: dropped if it is one, refused if not.
+        # Older GPTQ tools write a bias of zeros for every layer: dropped if it is one, refused if
+        # not.
         return [replace(bias_spec(), dtypes=("F16", "BF16", "F32"), constant=Constant.ZERO)]
 
     def _dtypes(self, specs: list[TensorSpec], found: list[Found]) -> list[tuple[str, str]]:
@@ -162,7 +161,9 @@ class QuantConfig:
         for spec in specs:
             if not spec.dtypes:
                 continue
-            stored = {one.module: one.tensors[spec.name] for one in found if spec.name in one.tensors}
+            stored = {
+                one.module: one.tensors[spec.name] for one in found if spec.name in one.tensors
+            }
             for module, tensor in stored.items():
                 if tensor.dtype not in spec.dtypes:
                     allowed = " or ".join(dtypes.printed(code) for code in spec.dtypes)
@@ -184,7 +185,9 @@ def _named(scheme: Scheme | None) -> str:
 
 
 def _per_part(spec: TensorSpec, layer: Layer, found: Found) -> TensorSpec:
-    """In a fused layer, one entry for each part of a tensor that follows neither outputs nor parts."""
+    """In a fused layer, one entry for each part of a tensor that follows neither outputs nor
+    parts.
+    """
     along = {dim.along for dim in spec.dims}
     if len(layer.output.parts) == 1 or along & {Along.OUTPUT, Along.PARTS}:
         return spec
@@ -197,8 +200,8 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     """What a checkpoint declares, None for a dense one.
 
     Looked for in this order: `quantization_config` (or `compression_config`) of config.json,
-    hf_quant_config.json, quantize_config.json, tensors that only HQQ writes. Raises a ConfigError for
-    an unknown method.
+    hf_quant_config.json, quantize_config.json, tensors that only HQQ writes. Raises a ConfigError
+    for an unknown method.
     """
     config = checkpoint.config or {}
     raw = config.get("quantization_config") or config.get("compression_config")
@@ -216,8 +219,8 @@ def quantization_of(checkpoint: Checkpoint) -> Quantization | None:
         method = "modelopt"
     if method == "mxfp4":
         raise ConfigError(
-            "quant_method is 'mxfp4' (gpt-oss), whose expert layers are not built yet; single tensors "
-            "decode with lading.schemes.mxfp4",
+            "quant_method is 'mxfp4' (gpt-oss), whose expert layers are not built yet; single "
+            "tensors decode with lading.schemes.mxfp4",
             subject="quantization_config",
             file=file,
         )

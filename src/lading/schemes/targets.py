@@ -1,6 +1,7 @@
 """What a plan fills and compares for one layer, dense or quantised. No torch.
 
-The same specs make the parameters of `lading.nn`, so a load can be planned without building a model.
+The same specs make the parameters of `lading.nn`, so a load can be planned without building a
+model.
 """
 
 from __future__ import annotations

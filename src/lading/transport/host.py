@@ -1,9 +1,9 @@
 """Moves bytes from files through host memory: straight into a parameter where both ends are
 contiguous, through one bounded staging buffer otherwise.
 
-A region of a file is read in blocks that fit the buffer. Within a block either the whole span from its
-first to its last byte is read, gaps included, or each run of neighbouring bytes by itself, whichever
-the cost model says is cheaper; what is read in excess is counted.
+A region of a file is read in blocks that fit the buffer. Within a block either the whole span from
+its first to its last byte is read, gaps included, or each run of neighbouring bytes by itself,
+whichever the cost model says is cheaper; what is read in excess is counted.
 """
 
 from __future__ import annotations
@@ -151,13 +151,16 @@ class HostTransport:
                 at = int(wrong[0])
                 raise CheckpointError(
                     f"checkpoint tensor {source.name!r} has {found[at].item()} at "
-                    f"{region.start[0] + at}, needs {needed[at].item()} ({_REASONS[check.constant]})",
+                    f"{region.start[0] + at}, needs {needed[at].item()} "
+                    f"({_REASONS[check.constant]})",
                     subject=check.target,
                     file=source.file,
                 )
 
     def _compare(self, plan: Plan, share: Share, tie: Tie) -> None:
-        """Raises a ConflictError where a tied parameter's two tensors differ in this rank's share."""
+        """Raises a ConflictError where a tied parameter's two tensors differ in this rank's
+        share.
+        """
         one, two = plan.sources[tie.source], plan.sources[tie.twin]
         dtype, size = dtypes.to_torch(one.dtype), _element_bytes(one)
         for copy in share.copies:
@@ -168,7 +171,8 @@ class HostTransport:
                 first = self._block(one, region, dtype).clone()
                 if not writing.same_bits(first, self._block(two, region, dtype)):
                     raise ConflictError(
-                        f"is tied, but checkpoint tensors {one.name!r} and {two.name!r} differ in {region}",
+                        f"is tied, but checkpoint tensors {one.name!r} and {two.name!r} differ "
+                        f"in {region}",
                         subject=tie.target,
                         file=two.file,
                     )
@@ -191,7 +195,9 @@ def _needed_values(check: Check, start: int, size: int) -> torch.Tensor:
 
 
 def _position(source: Source, copy: Copy) -> tuple[str, int]:
-    return source.file, source.offset_bytes + copy.source_region.runs().first * _element_bytes(source)
+    return source.file, source.offset_bytes + copy.source_region.runs().first * _element_bytes(
+        source
+    )
 
 
 def _element_bytes(source: Source) -> int:
@@ -201,9 +207,7 @@ def _element_bytes(source: Source) -> int:
 
 def _strides(region: Region) -> tuple[int, ...]:
     """Elements from one index of the region to the next, along each dim."""
-    return tuple(
-        prod(region.shape[dim + 1 :]) * step for dim, step in enumerate(region.step)
-    )
+    return tuple(prod(region.shape[dim + 1 :]) * step for dim, step in enumerate(region.step))
 
 
 def _span(region: Region) -> int:
