@@ -170,7 +170,12 @@ class Layer:
         if dim.along is Along.WHOLE_INPUT:
             return Axis.of(self.input.size, max_pieces=1, name=IN)
         if dim.along is Along.PARTS:
-            slots = tuple(Part(name=p.name, size=1, max_pieces=1) for p in self.output.parts)
+            parts = self.output.parts
+            sizes = dim.sizes or (1,) * len(parts)
+            slots = tuple(
+                Part(name=part.name, size=size, max_pieces=1)
+                for part, size in zip(parts, sizes, strict=True)
+            )
             return Axis(parts=slots, name="one number for each part", scalars=True)
         return Axis.of(dim.size, max_pieces=1, name="fixed by the format")
 

@@ -115,7 +115,7 @@ class Axis:
     """One axis of a layer: its parts, side by side. Most axes have one part without a name.
 
     name     what its length is called in messages: "out_features", "in_features", "vocabulary size"
-    scalars  the parts are single numbers, and a checkpoint tensor that is fused on disk has one
+    scalars  the parts are numbers of the format: a checkpoint tensor that is fused on disk has one
              number for all of them
     """
 
@@ -363,7 +363,10 @@ class Layout:
     @property
     def fused_shape(self) -> tuple[int, ...]:
         """The shape of a checkpoint tensor that holds all parts side by side, in stored entries."""
-        return tuple(1 if cut.axis.scalars else cut.num_entries(cut.axis.size) for cut in self.cuts)
+        return tuple(
+            cut.axis.parts[0].size if cut.axis.scalars else cut.num_entries(cut.axis.size)
+            for cut in self.cuts
+        )
 
     @property
     def local_shape(self) -> tuple[int, ...]:

@@ -58,6 +58,7 @@ class Dim:
     straddle  an entry that a cut goes through is kept by the ranks on both sides (block scales);
               without it such a cut is refused
     size      of a FIXED dim
+    sizes     of a PARTS dim: entries of each part; () = one each
     reason    why the grain is what it is, for messages: "int4 packs 8 rows per int32 entry"
     align     pieces are whole multiples of so many logical elements, where a grain does not say so
               (tiles); align_reason says why: "Marlin tiles hold 64 outputs"
@@ -68,6 +69,7 @@ class Dim:
     ragged: bool = False
     straddle: bool = False
     size: int = 1
+    sizes: tuple[int, ...] = ()
     reason: str = ""
     align: int = 1
     align_reason: str = ""

@@ -259,7 +259,7 @@ class ParallelLayer(LoadableModule):
 
 def like(old: BasevLLMParameter, data: torch.Tensor) -> BasevLLMParameter:
     """A parameter of the same class and state over other memory, nothing of it loaded."""
-    new: BasevLLMParameter = torch.Tensor._make_subclass(type(old), data, old.requires_grad)  # type: ignore[assignment]
+    new: BasevLLMParameter = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
     vars(new).update(vars(old))
     new._ledger = Ledger()
     return new

@@ -262,5 +262,4 @@ def _pattern(found: Found, name: str) -> tuple[int, ...]:
 
 def _table(name: str, size: int, dtype: str) -> TensorSpec:
     """A small tensor of each part, whole on every rank."""
-    dims = (Dim(along=Along.PARTS), Dim(along=Along.FIXED, size=size))
-    return TensorSpec(name=name, dims=dims, dtypes=(dtype,), stored=(size,))
+    return TensorSpec(name=name, dims=(Dim(along=Along.FIXED, size=size),), dtypes=(dtype,))

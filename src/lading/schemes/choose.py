@@ -103,7 +103,7 @@ class QuantConfig:
                 )
         if scheme is None:
             return None
-        specs = [_per_part(spec, layer, found[0]) for spec in scheme.specs(layer, found[0])]
+        specs = [_per_part(spec, layer, found) for spec in scheme.specs(layer, found[0])]
         specs += self._biases(layer, found)
         stored = tuple(self._dtypes(specs, found))
         return LayerScheme(scheme=scheme, specs=tuple(specs), dtypes=stored, fused=found[0].fused)
@@ -184,14 +184,21 @@ def _named(scheme: Scheme | None) -> str:
     return "dense" if scheme is None else scheme.name
 
 
-def _per_part(spec: TensorSpec, layer: Layer, found: Found) -> TensorSpec:
-    """In a fused layer, one entry for each part of a tensor that follows neither outputs nor
-    parts.
+def _per_part(spec: TensorSpec, layer: Layer, found: list[Found]) -> TensorSpec:
+    """In a fused layer, entries for each part of a tensor that follows neither outputs nor parts.
+
+    A vector of a fixed size, such as a JSON text, may have another size in each part.
     """
-    along = {dim.along for dim in spec.dims}
-    if len(layer.output.parts) == 1 or along & {Along.OUTPUT, Along.PARTS}:
+    along = [dim.along for dim in spec.dims]
+    parts = layer.output.parts
+    if len(parts) == 1 or Along.OUTPUT in along or Along.PARTS in along:
         return spec
-    shape = found.tensors[spec.name].shape if spec.name in found.tensors else spec.stored
+    stored = [one.tensors[spec.name].shape for one in found if spec.name in one.tensors]
+    is_vector = along == [Along.FIXED] and all(len(shape) == 1 for shape in stored)
+    if is_vector and len(stored) in (1, len(parts)):
+        sizes = tuple(shape[0] for shape in stored) * (len(parts) // len(stored))
+        return replace(spec, dims=(Dim(along=Along.PARTS, sizes=sizes),))
+    shape = stored[0] if stored else spec.stored
     dims = (Dim(along=Along.PARTS), *spec.dims)
     return replace(spec, dims=dims, stored=shape, per_part=True)
 

@@ -8,7 +8,9 @@ whichever the cost model says is cheaper; what is read in excess is counted.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 
@@ -50,23 +52,38 @@ class Moved:
         return self.read_bytes - self.kept_bytes
 
 
+MAX_THREADS = 4
+"""More threads than this gain nothing from the page cache (benchmarks/README.md)."""
+
+
+class _Thread(threading.local):
+    staging: torch.Tensor | None = None
+
+
 @dataclass(slots=True)
 class HostTransport:
     """Executes one rank's share of a plan.
 
     reader          serves the checkpoint's bytes
-    staging_bytes   the largest block that is held besides the parameters
+    staging_bytes   the largest block that each thread holds besides the parameters
+    num_threads     threads that read; by default as many as torch computes with, 4 at most
     """
 
     reader: Reader
     staging_bytes: int = DEFAULT_STAGING_BYTES
+    num_threads: int = field(default_factory=lambda: min(torch.get_num_threads(), MAX_THREADS))
     moved: Moved = field(default_factory=Moved)
-    _staging: torch.Tensor | None = None
+    _thread: _Thread = field(default_factory=_Thread)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(
         self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
     ) -> Moved:
-        """Fills the tensors, by target name. `advance` is told kept bytes as they arrive."""
+        """Fills the tensors, by target name. `advance` is told kept bytes as they arrive.
+
+        Raises the error of the first copy, in file order, that failed; what was not begun by then
+        is left out.
+        """
         for check in plan.checks():
             self._check(plan.sources[check.source], check)
         for tie in plan.ties:
@@ -74,13 +91,27 @@ class HostTransport:
         for fill in share.fills:
             writing.fill(tensors[fill.target], fill.region)
         order = sorted(share.copies, key=lambda copy: _position(plan.sources[copy.source], copy))
-        for copy in order:
+        stop = threading.Event()
+
+        def work(copy: Copy) -> None:
+            if stop.is_set():
+                return
             source = plan.sources[copy.source]
             try:
                 self._copy(source, copy, tensors[copy.target], advance)
             except LadingError as error:
+                stop.set()
                 raise error.located(subject=copy.target, part=copy.part, file=source.file) from None
-            self.moved.num_copies += 1
+            except BaseException:
+                stop.set()
+                raise
+            with self._lock:
+                self.moved.num_copies += 1
+
+        with ThreadPoolExecutor(max(1, self.num_threads)) as pool:
+            futures: list[Future[None]] = [pool.submit(work, copy) for copy in order]
+        for future in futures:
+            future.result()
         return self.moved
 
     def _copy(self, source: Source, copy: Copy, target: torch.Tensor, advance: Advance) -> None:
@@ -98,9 +129,7 @@ class HostTransport:
             writing.check_values(values, target.dtype)
             into = reordered(inner, copy.axes) if copy.axes else inner
             writing.write(target, copy.target_region.compose(into), values)
-            kept = inner.num_elements * size
-            self.moved.kept_bytes += kept
-            advance(kept)
+            self._kept(inner.num_elements * size, advance)
 
     def _read_straight(
         self, source: Source, offset: int, memory: memoryview, advance: Advance
@@ -108,12 +137,17 @@ class HostTransport:
         for at in range(0, memory.nbytes, DIRECT_CHUNK_BYTES):
             piece = memory[at : at + DIRECT_CHUNK_BYTES]
             self._read(source, offset + at, piece)
-            self.moved.kept_bytes += piece.nbytes
-            advance(piece.nbytes)
+            self._kept(piece.nbytes, advance)
+
+    def _kept(self, num_bytes: int, advance: Advance) -> None:
+        with self._lock:
+            self.moved.kept_bytes += num_bytes
+            advance(num_bytes)
 
     def _read(self, source: Source, offset: int, buffer: memoryview) -> None:
         self.reader.read_into(source, offset, buffer)
-        self.moved.read_bytes += buffer.nbytes
+        with self._lock:
+            self.moved.read_bytes += buffer.nbytes
 
     def _block(self, source: Source, region: Region, dtype: torch.dtype) -> torch.Tensor:
         """The values of a region that fits the staging buffer, valid until the next call."""
@@ -133,9 +167,11 @@ class HostTransport:
         return staging[: region.num_elements * size].view(dtype).view(region.size)
 
     def _staging_for(self, num_bytes: int) -> torch.Tensor:
-        if self._staging is None or self._staging.numel() < num_bytes:
-            self._staging = torch.empty(max(num_bytes, self.staging_bytes), dtype=torch.uint8)
-        return self._staging
+        staging = self._thread.staging
+        if staging is None or staging.numel() < num_bytes:
+            staging = torch.empty(max(num_bytes, self.staging_bytes), dtype=torch.uint8)
+            self._thread.staging = staging
+        return staging
 
     def _check(self, source: Source, check: Check) -> None:
         """Raises a ShapeError or CheckpointError where a constant is not what it has to be."""
