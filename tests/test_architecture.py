@@ -17,7 +17,7 @@ SRC = TESTS.parent / "src" / "lading"
 ROOMS = (
     # values, arithmetic and plans: no torch
     *("errors", "dtypes", "regions", "ranks", "layouts", "specs", "layers", "names"),
-    *("checkpoint", "proof", "plan", "json_values", "plan_json"),
+    *("checkpoint", "proof", "binding", "plan", "json_values", "plan_json"),
     # parameters, layers, the verbs
     *("writing", "owners", "ledger", "parameter", "schemes", "nn", "transport"),
     *("models", "preflight"),
@@ -49,6 +49,7 @@ WITHOUT_TORCH = [
 ]
 
 UNTESTED = {
+    "binding": "by those of plan, of which it is a part",
     "__main__": "one line, run by the tests of the CLI",
     "checkpoint.sources": "values and readers, by those of checkpoint.index and .files",
     "models.building": "by those of models.decoder",
