@@ -20,7 +20,7 @@ ROOMS = (
     *("checkpoint", "proof", "binding", "plan", "json_values", "plan_json"),
     # parameters, layers, the verbs
     *("writing", "owners", "ledger", "parameter", "schemes", "nn", "transport"),
-    *("models", "preflight"),
+    *("models", "preflight", "gguf"),
     *("loading", "pretrained", "decoding", "export", "update", "engines"),
     # processes, checks, eyes
     *("progress", "launch", "verify", "report", "draw", "demo", "cli", "__main__"),

@@ -383,10 +383,12 @@ def _on_ranks(
 ) -> list[Any]:
     """Runs a rank's work on every rank; what can be known to fail without them fails before."""
     from lading import launch, preflight, report
+    from lading.gguf import gguf_file
     from lading.ranks import all_ranks
 
     if launch.join_size() is None:
         launch.warm_up(tp_size)
+    if launch.join_size() is None and gguf_file(path) is None:
         plan = preflight.preflight(path, all_ranks(tp_size), dtype=dtype).plan
         if not as_json:
             _show((*report.proof_block(plan), report.Line(text="")))

@@ -8,8 +8,9 @@ the checkpoint's own: a layer that is fused on disk is one tensor, others are on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from lading import ranks as ranks_module
 from lading.checkpoint import FileWriter, encode_header
 from lading.errors import CallError
+from lading.gguf import gguf_file, gguf_weights
 from lading.layouts import Layout, PartName
 from lading.loading import PathLike, agreed
 from lading.names import Names
@@ -41,17 +43,12 @@ class Decoded:
 
     name     in the checkpoint, "model.layers.0.mlp.down_proj.weight"
     region   where it lies in the full weight [O, I]
-    layer, part   whose part it is
+    values   decodes it: float32, of the region's size
     """
 
     name: str
     region: Region
-    layer: ParallelLayer
-    part: PartName
-
-    def values(self) -> torch.Tensor:
-        """float32, of the region's size."""
-        return self.layer.dequantized_part(self.part)
+    values: Callable[[], torch.Tensor]
 
 
 def decoded_weights(
@@ -76,7 +73,8 @@ def decoded_weights(
                 or other.source != place.source
                 for rank in range(ranks.tp_rank)
             )
-            yield Decoded(name=name, region=place.source, layer=layer, part=part), owner
+            values = partial(layer.dequantized_part, part)
+            yield Decoded(name=name, region=place.source, values=values), owner
 
 
 def _stored_names(
@@ -105,13 +103,31 @@ def dequantize(
     ranks   this process's rank; every rank of the group calls this, and all see the same file
             system
     dense   also the weights of layers that are not quantised
+    A GGUF file gives all its matrices, under its own names and in its own order of rows.
     Gives the number of tensors. Raises what a load raises, the same on all ranks, and a CallError
     where the checkpoint has nothing to decode.
     """
     ranks = ranks or ranks_module.current()
+    gguf = gguf_file(path)
+    if gguf is not None:
+        group = ranks_module.group_of(ranks, group)
+        weights = agreed(lambda: list(gguf_weights(gguf, ranks)), len, group)
+        mine = [(Decoded(name=w.name, region=w.region, values=w.values), w.owner) for w in weights]
+        return write_decoded(mine, out, ranks=ranks, group=group)
     model, _ = load_pretrained(path, ranks=ranks, group=group, device=device, progress=progress)
     group = ranks_module.group_of(ranks, group)
     mine = list(decoded_weights(model, model.names, ranks, dense=dense))
+    return write_decoded(mine, out, ranks=ranks, group=group)
+
+
+def write_decoded(
+    mine: list[tuple[Decoded, bool]],
+    out: str | os.PathLike[str],
+    *,
+    ranks: Ranks,
+    group: ProcessGroup | None,
+) -> int:
+    """Writes what all ranks hold into one file, each piece by its owner; the number of tensors."""
     shapes = agreed(lambda: _full_shapes(mine, group), lambda found: sorted(found.items()), group)
     header = encode_header([(name, "F32", shape) for name, shape in shapes.items()], {})
     starts, end = {}, len(header)

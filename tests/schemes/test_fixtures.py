@@ -186,7 +186,9 @@ def test_sizes_that_work_are_known_before_anything_is_read(name: str) -> None:
 
 
 def test_no_fixture_is_left_out() -> None:
-    folders = {path.name for path in FIXTURES.iterdir() if path.is_dir()} if FIXTURES.is_dir() else set()
+    folders = (
+        {path.name for path in FIXTURES.iterdir() if path.is_dir()} if FIXTURES.is_dir() else set()
+    )
     if not folders:
         pytest.skip(f"no fixtures in {FIXTURES} (LADING_FIXTURES says where they are)")
     assert folders == {*CASES, *OTHERS}
