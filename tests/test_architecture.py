@@ -56,6 +56,11 @@ UNTESTED = {
     "models.families": "data, by those of models.config",
     "models.reading": "by those of models.config, error by error",
     "models.rope_config": "by those of models.rope and .config",
+    "report.blocks": "by those of report, of which it is a part",
+    "report.files": "by those of report, of which it is a part",
+    "report.folding": "by those of report, of which it is a part",
+    "report.loads": "by those of report, of which it is a part",
+    "report.plans": "by those of report, of which it is a part",
 }
 """Files of src without a test file of their own name, and why. `__init__` files need none."""
 

@@ -8,7 +8,7 @@ the checkpoint's own: a layer that is fused on disk is one tensor, others are on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lading import ranks as ranks_module
-from lading.checkpoint import FileWriter, encode_header
+from lading.checkpoint import FileWriter, encode_header, open_checkpoint
 from lading.errors import CallError
 from lading.gguf import gguf_file, gguf_weights
 from lading.layouts import Layout, PartName
@@ -52,18 +52,31 @@ class Decoded:
 
 
 def decoded_weights(
-    model: nn.Module, names: Names, ranks: Ranks, *, dense: bool = False
+    model: nn.Module,
+    names: Names,
+    ranks: Ranks,
+    *,
+    dense: bool = False,
+    stored: Collection[str] = (),
 ) -> Iterator[tuple[Decoded, bool]]:
     """Each part of each quantised layer that this rank holds, and whether it is the first to.
 
     dense   also layers that are not quantised
+    stored  the names of the checkpoint's tensors: those layers may be fused on disk, too
     Neighbouring ranks may hold the same piece; the first of them is its owner.
     """
+    seen: set[int] = set()
     for prefix, layer in model.named_modules():
         if not isinstance(layer, ParallelLayer) or (layer.quant is None and not dense):
             continue
+        weight = layer._parameters.get("weight")
+        if weight is not None and id(weight) in seen:
+            continue  # tied: the checkpoint has it under its first name
+        seen.add(id(weight))
         layout = layer.layer.layout(dense_specs(bias=False)[0], ranks.tp_size)
         fused = layer.quant is not None and layer.quant.fused
+        if layer.quant is None and len(layout.part_names) > 1:
+            fused = names.whole(f"{prefix}.weight") in stored
         for part, name in _stored_names(layout, names, f"{prefix}.weight", fused):
             place = layout.place(part, ranks.tp_rank, fused_source=fused)
             if place is None:
@@ -108,6 +121,13 @@ def dequantize(
     where the checkpoint has nothing to decode.
     """
     ranks = ranks or ranks_module.current()
+    if ranks.tp_size > 1 and ranks_module.group_of(ranks, group) is None:
+        raise CallError(
+            f"is called as {ranks} by a process that is in no group of that size, needs all "
+            "ranks (each writes its own share of the file)",
+            subject="dequantize",
+            hint="lading dequantize --tp, or torchrun",
+        )
     gguf = gguf_file(path)
     if gguf is not None:
         group = ranks_module.group_of(ranks, group)
@@ -116,7 +136,8 @@ def dequantize(
         return write_decoded(mine, out, ranks=ranks, group=group)
     model, _ = load_pretrained(path, ranks=ranks, group=group, device=device, progress=progress)
     group = ranks_module.group_of(ranks, group)
-    mine = list(decoded_weights(model, model.names, ranks, dense=dense))
+    stored = agreed(lambda: open_checkpoint(path).tensors.keys(), sorted, group) if dense else ()
+    mine = list(decoded_weights(model, model.names, ranks, dense=dense, stored=stored))
     return write_decoded(mine, out, ranks=ranks, group=group)
 
 

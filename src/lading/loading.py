@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,15 +28,14 @@ from lading.errors import (
     CallError,
     DeclarationError,
     LadingError,
-    NotLoadedError,
     PlanError,
     RankError,
 )
-from lading.layouts import Layout
+from lading.layouts import Axis, Cut, Layout
 from lading.names import Names
-from lading.nn.base import ParallelLayer, like
+from lading.nn.base import ParallelLayer, allow_forward, like, refuse_forward
 from lading.parameter import BasevLLMParameter, PerTensorScaleParameter
-from lading.plan import Plan, Target, make_plan
+from lading.plan import Plan, Share, Target, make_plan
 from lading.ranks import Ranks
 from lading.regions import Region
 from lading.transport import DEFAULT_STAGING_BYTES, HostTransport, Moved
@@ -127,11 +127,12 @@ def load(
     def prepare() -> Prepared:
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         owners.name_parameters(model)
+        _check_built_for(model, ranks)
         plan = make_plan(
             targets_of(model, ranks),
             checkpoint.tensors,
             ranks=[ranks],
-            names=names or names_of(model),
+            names=(names or names_of(model)).fitting(checkpoint.tensors),
         )
         return Prepared(model=model, checkpoint=checkpoint, plan=plan)
 
@@ -158,52 +159,59 @@ def run_load(
     """Prepares, agrees, executes, agrees, and only then hands the memory to the model."""
     if staging_bytes < 1:
         raise CallError(f"staging_bytes is {staging_bytes}, needs at least 1", subject="load")
+    place = place_of(device, ranks)
     group = ranks_module.group_of(ranks, group)
     began = time.perf_counter()
-    prepared = agreed(prepare, lambda done: done.plan.digest, group)
-    model, plan = prepared.model, prepared.plan
-    place = torch.device(device) if device is not None else default_device(ranks)
-    live: dict[str, torch.Tensor] = {}
+    # Under inference_mode the memory could not be written by the transport's threads.
+    with torch.inference_mode(False), ExitStack() as stack:
+        prepared = agreed(prepare, lambda done: done.plan.digest, group)
+        model, plan = prepared.model, prepared.plan
+        share = plan.share(ranks)
 
-    def execute() -> tuple[dict[str, torch.Tensor], Moved]:
+        def compare() -> HostTransport:
+            reader = stack.enter_context(prepared.checkpoint.reader())
+            transport = HostTransport(reader=reader, staging_bytes=staging_bytes)
+            transport.compare(plan, share)
+            return transport
+
+        def execute() -> tuple[dict[str, torch.Tensor], Moved]:
+            memory = {
+                name: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.detach()
+                for name, tensor in tensors.items()
+            }
+            return memory, _execute(plan, share, transport, memory, progress)
+
+        transport = agreed(compare, _no_facts, group)
         tensors = _tensors_of(model, plan)
-        memory = {
-            name: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.detach()
-            for name, tensor in tensors.items()
-        }
-        live.update((name, tensor) for name, tensor in tensors.items() if not tensor.is_meta)
-        return memory, _execute(prepared, ranks, memory, staging_bytes, progress)
-
-    try:
-        memory, moved = agreed(execute, lambda _: None, group)
-    except BaseException as error:
-        if live:
-            _refuse_forward(model, error)
-        raise
-    _install(model, plan, memory, ranks)
-    _allow_forward(model)
+        try:
+            memory, moved = agreed(execute, _no_facts, group)
+        except BaseException as error:
+            if any(not tensor.is_meta for tensor in tensors.values()):
+                refuse_forward(model, str(error) or type(error).__name__)
+            raise
+        _install(model, plan, memory)
+    allow_forward(model)
     return model, _report(plan, ranks, moved, time.perf_counter() - began)
 
 
+def _no_facts(_done: object) -> None:
+    """Nothing of it has to be equal on all ranks."""
+
+
 def _execute(
-    prepared: Prepared,
-    ranks: Ranks,
+    plan: Plan,
+    share: Share,
+    transport: HostTransport,
     memory: Mapping[str, torch.Tensor],
-    staging_bytes: int,
     progress: Progress | None,
 ) -> Moved:
-    plan, share = prepared.plan, prepared.plan.share(ranks)
-    if progress is not None:
-        progress.start(plan.share_bytes(share))
+    if progress is None:
+        return transport.run(plan, share, memory, _ignore)
+    progress.start(plan.share_bytes(share))
     try:
-        with prepared.checkpoint.reader() as reader:
-            transport = HostTransport(reader=reader, staging_bytes=staging_bytes)
-            return transport.run(
-                plan, share, memory, progress.advance if progress is not None else _ignore
-            )
+        return transport.run(plan, share, memory, progress.advance)
     finally:
-        if progress is not None:
-            progress.finish()
+        progress.finish()
 
 
 def _ignore(_num_bytes: int) -> None:
@@ -244,6 +252,29 @@ def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessG
     return result
 
 
+def place_of(device: torch.device | str | None, ranks: Ranks) -> torch.device:
+    """The device of parameters on meta; "cuda" without a number is this rank's GPU.
+
+    Raises a CallError for a device that torch does not know, or that has no memory.
+    """
+    if device is None:
+        return default_device(ranks)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        words = str(error).partition("\n")[0]
+        raise CallError(
+            f"is {device!r}, needs a device of torch ({words})", subject="device"
+        ) from None
+    if place.type == "meta":
+        raise CallError("is meta, needs one that has memory", subject="device")
+    if place.type != "cuda":
+        return place
+    if not torch.cuda.is_available():
+        raise CallError(f"is {str(place)!r}, but this process sees no GPU", subject="device")
+    return default_device(ranks) if place.index is None else place
+
+
 def default_device(ranks: Ranks) -> torch.device:
     """This rank's GPU (LOCAL_RANK, else the TP rank, modulo the GPUs), or the CPU where there is
     none.
@@ -278,10 +309,12 @@ def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
     for name, tensor in _state(model):
         named.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
+    layers = [(p, m) for p, m in model.named_modules() if isinstance(m, ParallelLayer)]
+    uncut = {id(param) for _, m in layers if m.disable_tp for param in m.parameters()}
     targets = []
     for key, (name, *aliases) in named.items():
         try:
-            layout = _layout_of(tensors[key], ranks)
+            layout = _layout_of(tensors[key], ranks, whole=key in uncut)
             dtype = dtypes.from_torch(tensors[key].dtype)
         except LadingError as error:
             problems.append(error.located(subject=name))
@@ -298,9 +331,11 @@ def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
                 **_stored_as(tensors[key]),
             )
         )
-    for prefix, module in model.named_modules():
-        if isinstance(module, ParallelLayer):
-            targets += module.expected_targets(prefix)
+    for prefix, layer in layers:
+        for target in layer.expected_targets(prefix):
+            if layer.disable_tp:
+                target = replace(target, layout=_uncut(target.layout, ranks.tp_size))
+            targets.append(target)
     if problems:
         raise PlanError(problems, what="the model")
     return tuple(targets)
@@ -322,21 +357,36 @@ def _stored_as(tensor: torch.Tensor) -> dict[str, Any]:
     return {"leaf": tensor.stored_leaf, "stored": tensor.stored_shape}
 
 
-def _layout_of(tensor: torch.Tensor, ranks: Ranks) -> Layout:
-    """The declared layout, or replicated for tensors that no rank cuts."""
+def _uncut(layout: Layout, tp_size: int) -> Layout:
+    """A layout of one rank as that of T ranks which all keep everything."""
+
+    def whole(axis: Axis) -> Axis:
+        return replace(axis, parts=tuple(replace(part, max_pieces=1) for part in axis.parts))
+
+    cuts: tuple[Cut, ...] = tuple(replace(cut, axis=whole(cut.axis)) for cut in layout.cuts)
+    return replace(layout, cuts=cuts, tp_size=tp_size)
+
+
+def _layout_of(tensor: torch.Tensor, ranks: Ranks, *, whole: bool) -> Layout:
+    """The declared layout, or replicated for tensors that no rank cuts.
+
+    whole   the parameter's layer does without tensor parallelism
+    """
     shape = tuple(tensor.shape)
     if not isinstance(tensor, BasevLLMParameter):
         return Layout.replicated(shape, ranks.tp_size)
     layout = tensor.tp_layout
     if layout is None:
-        whole = ranks.tp_size == 1 or type(tensor) in (BasevLLMParameter, PerTensorScaleParameter)
-        if whole:
+        cut_by_none = type(tensor) in (BasevLLMParameter, PerTensorScaleParameter)
+        if ranks.tp_size == 1 or whole or cut_by_none:
             return Layout.replicated(shape, ranks.tp_size)
         raise DeclarationError(
             f"{type(tensor).__name__} does not say how it is cut over {ranks.tp_size} ranks, needs "
             "a layout",
             hint="build it with a layer of lading.nn, or set its tp_layout",
         )
+    if whole:
+        layout = _uncut(layout, ranks.tp_size)
     if layout.tp_size != ranks.tp_size:
         raise DeclarationError(
             f"was built for {layout.tp_size} ranks, needs {ranks.tp_size} (the load's tp_size)"
@@ -346,6 +396,18 @@ def _layout_of(tensor: torch.Tensor, ranks: Ranks) -> Layout:
             f"has shape {list(shape)}, needs {list(layout.local_shape)} (its own layout's)"
         )
     return layout
+
+
+def _check_built_for(model: nn.Module, ranks: Ranks) -> None:
+    """Raises a CallError where the model's forward pass takes itself for another rank."""
+    for layer in model.modules():
+        if not isinstance(layer, ParallelLayer) or layer.tp_size != ranks.tp_size:
+            continue  # another tp_size is every parameter's problem
+        if layer.tp_rank != ranks.tp_rank:
+            raise CallError(
+                f"was built for {layer.ranks}, needs {ranks} (the load's)",
+                subject=type(model).__name__,
+            )
 
 
 def _ranks_of(model: nn.Module) -> Ranks:
@@ -364,9 +426,7 @@ def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
     return {target.name: state[target.name] for target in plan.targets if target.expected is None}
 
 
-def _install(
-    model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor], ranks: Ranks
-) -> None:
+def _install(model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor]) -> None:
     """Gives parameters on meta their memory, keeping each object, and notes everything as
     loaded.
     """
@@ -388,11 +448,11 @@ def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Ten
     new: torch.Tensor
     if isinstance(old, BasevLLMParameter):
         new = like(old, data)
-    elif isinstance(old, nn.Parameter):
-        new = nn.Parameter(data, requires_grad=old.requires_grad)
-        vars(new).update(vars(old))
     else:
         new = data
+        if isinstance(old, nn.Parameter):  # of any class
+            new = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
+        vars(new).update(vars(old))
     try:
         torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
     except RuntimeError:
@@ -401,31 +461,6 @@ def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Ten
                 for key, held in table.items():
                     if held is old:
                         table[key] = new  # type: ignore[assignment]
-
-
-class _Refusal:
-    """A forward hook of a model that a failed load has left half-written."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def __call__(self, module: nn.Module, _args: object) -> None:
-        raise NotLoadedError(
-            f"its weights are partly overwritten by a load that failed ({self.reason}), needs a "
-            "load that succeeds",
-            subject=type(module).__name__,
-        )
-
-
-def _refuse_forward(model: nn.Module, error: BaseException) -> None:
-    _allow_forward(model)
-    model.register_forward_pre_hook(_Refusal(str(error)))
-
-
-def _allow_forward(model: nn.Module) -> None:
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _Refusal):
-            del model._forward_pre_hooks[key]
 
 
 def _report(plan: Plan, ranks: Ranks, moved: Moved, seconds: float) -> LoadReport:

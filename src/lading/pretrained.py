@@ -9,7 +9,7 @@ import torch
 from lading import dtypes, models, owners
 from lading import ranks as ranks_module
 from lading.errors import CallError
-from lading.loading import PathLike, Prepared, Progress, default_device, run_load
+from lading.loading import PathLike, Prepared, Progress, place_of, run_load
 from lading.preflight import preflight
 from lading.ranks import Ranks
 from lading.transport import DEFAULT_STAGING_BYTES
@@ -48,7 +48,7 @@ def from_pretrained(
             device_type=kind or ("cuda" if torch.cuda.is_available() else "cpu")
         )
         ranks = ranks_module.current()
-    model, _ = load_pretrained(
+    model, report = load_pretrained(
         path,
         ranks=ranks,
         group=group,
@@ -57,6 +57,7 @@ def from_pretrained(
         staging_bytes=staging_bytes,
         progress=progress,
     )
+    vars(model)["load_report"] = report
     return model
 
 
@@ -75,7 +76,7 @@ def load_pretrained(
         raise CallError(
             f"dtype is {dtype!r}, needs a floating point torch.dtype", subject="from_pretrained"
         )
-    place = torch.device(device) if device is not None else default_device(ranks)
+    place = place_of(device, ranks)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     model, report = run_load(

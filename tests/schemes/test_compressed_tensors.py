@@ -12,7 +12,7 @@ import torch
 from lading.errors import LadingError, LayoutError
 from lading.layers import Layer
 from lading.schemes.base import Found, Stored
-from lading.schemes.cache_scales import KvCache
+from lading.schemes.cache_scales import CacheScales
 from lading.schemes.compressed_tensors import parse_compressed_tensors
 from lading.schemes.floating import Fp8, Mxfp4, Nvfp4, ScaleLayout
 from lading.schemes.integer import PackedInt, PlainInt
@@ -381,7 +381,9 @@ def test_groups_without_weights_are_none() -> None:
     raw["config_groups"]["group_1"] = {"targets": ["re:.*self_attn$"], "weights": None}
     parsed = parse_compressed_tensors(raw)
     assert [group.name for group in parsed.groups] == ["group_0"]
-    assert parsed.kv_cache == KvCache()
+    assert parsed.kv_cache == CacheScales(
+        required=("k_scale", "v_scale"), per_head=False, says="kv_cache_scheme with stored scales"
+    )
     assert parse_compressed_tensors({"kv_cache_scheme": None}).groups == ()
 
 
@@ -527,27 +529,3 @@ def test_words_of_three_bits_are_told_apart_by_their_number() -> None:
     )
     with pytest.raises(LadingError, match=r"is int32\[256, 25\], needs int32\[256, 24\]"):
         quantization.scheme_for(Layer.column(256, [256]), three_bits(256, 25))
-
-
-# --- KV caches
-
-
-def test_kv_cache_scales() -> None:
-    cache = KvCache()
-    assert cache.names() == ("k_scale", "v_scale")
-    assert cache.canonical("k_proj.output_scale") == "k_scale"
-    assert cache.canonical("v_scale") == "v_scale"
-    assert cache.canonical("q_proj.weight_scale") is None
-    assert KvCache(dynamic=True).names() == ()
-    assert KvCache(symmetric=False).names()[2:] == ("k_zero_point", "v_zero_point")
-    scalar = cache.spec("k_scale", Stored(dtype="F32", shape=()), 64)
-    assert scalar.stored == ()
-    per_head = KvCache(per_head=True).spec("k_scale", Stored(dtype="BF16", shape=(8, 1, 1)), 64)
-    layer = Layer.qkv(4096, 64, 32, 8)
-    keys = Layer(
-        kind=layer.kind,
-        output=type(layer.output)(parts=(layer.output.parts[1],)),
-        input=layer.input,
-    )
-    assert keys.layout(per_head, 4).local_shape == (2, 1, 1)
-    assert keys.layout(per_head, 16).local_shape == (1, 1, 1)

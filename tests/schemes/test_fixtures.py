@@ -15,14 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lading import ranks as ranks_module
+from lading.checkpoint import open_checkpoint
 from lading.decoding import decoded_weights
-from lading.errors import LadingError
-from lading.models import CausalLM
-from lading.preflight import tp_sizes
+from lading.errors import LadingError, LayoutError, PlanError
+from lading.layers import Layer
+from lading.loading import load
+from lading.models import CausalLM, build_layer, targets
+from lading.names import Names, SkipRule
+from lading.nn import ParallelLayer
+from lading.preflight import preflight, read, tp_sizes
 from lading.pretrained import load_pretrained
 from lading.ranks import Ranks, all_ranks
+from lading.schemes import QuantConfig, quant_config_of
 from lading.verify import verify
 from tests.schemes.cutting import FIXTURES, fixture
 
@@ -185,10 +192,124 @@ def test_sizes_that_work_are_known_before_anything_is_read(name: str) -> None:
     assert tp_sizes(fixture(name), 16) == CASES[name].sizes
 
 
-def test_no_fixture_is_left_out() -> None:
-    folders = (
-        {path.name for path in FIXTURES.iterdir() if path.is_dir()} if FIXTURES.is_dir() else set()
+@pytest.mark.parametrize(
+    ("name", "tp_size", "text"),
+    [
+        (
+            "ct-w4a16-g128-asym",
+            4,
+            "model.layers.0.self_attn.o_proj.weight_scale: TP 4 cuts 256 columns into 64 per rank; "
+            "one scale covers a group of 128 inputs and 64 = 0 * 128 + 64. Try: TP 1 or 2.",
+        ),
+        (
+            "hqq-native-4bit-g64",
+            2,
+            "model.layers.0.self_attn.qkv_proj.W_q, part 'q': TP 2 cuts 256 rows into 128 per "
+            "rank; HQQ packs 2 outputs from all over an int4 weight into one entry and 128 = 0 * "
+            "512 + 128. Try: TP 1.",
+        ),
+        (
+            "bnb-nf4",
+            8,
+            "model.layers.0.self_attn.o_proj.weight.absmax: TP 8 cuts 256 columns into 32 per "
+            "rank; one scale covers a block of 64 inputs and 32 = 0 * 64 + 32. Try: TP 1, 2 or 4.",
+        ),
+        (
+            "marlin-w4-g128",
+            8,
+            "model.layers.0.self_attn.o_proj.s: TP 8 cuts 512 rows into 64 per rank; one scale "
+            "covers a group of 128 inputs and 64 = 0 * 128 + 64. Try: TP 1, 2 or 4.",
+        ),
+        (
+            "fp8-block128",
+            3,
+            "model.layers.0.self_attn.qkv_proj.weight, part 'q': TP 3 does not cut 4 q heads into "
+            "3 equal pieces: 4 = 3 * 1 + 1. Try: TP 1, 2 or 4.",
+        ),
+    ],
+)
+def test_other_sizes_are_refused_with_the_reason(name: str, tp_size: int, text: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        preflight(fixture(name), all_ranks(tp_size))
+    problems = list(map(str, caught.value.problems))
+    assert text in problems
+    works = ", ".join(map(str, CASES[name].sizes))
+    assert caught.value.hint == f"TP {works}: there every layer divides"
+
+
+@pytest.mark.parametrize("name", ["fp8-block128", "fp8-block128-qwen3moe", "ct-fp8-block"])
+def test_blocks_that_a_cut_goes_through_may_be_refused(name: str) -> None:
+    """k and v have 128 outputs, one block: TP 2 cuts it."""
+    found = read(fixture(name))
+    config = quant_config_of(found.checkpoint, found.names, straddle="refuse")
+    targets(found.declaration, 1, found.dtype, config)
+    with pytest.raises(PlanError) as caught:
+        targets(found.declaration, 2, found.dtype, config)
+    scale = "weight_scale" if name == "ct-fp8-block" else "weight_scale_inv"
+    assert str(caught.value.problems[0]) == (
+        f"model.layers.0.self_attn.qkv_proj.{scale}, part 'k': TP 2 cuts 128 rows into 64 per "
+        "rank; one scale covers 128 outputs, no entry may be kept twice, and 64 = 0 * 128 + 64. "
+        "Try: TP 1."
     )
-    if not folders:
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_single_layers_in_sparse_tiles(tp_size: int) -> None:
+    """A checkpoint without a model: Marlin 2:4 layers, each loaded by itself."""
+    folder = fixture("ct010-marlin24-truth-g128")
+    config = quant_config_of(open_checkpoint(folder), Names())
+    for name, reference in load_file(folder / "dequant_reference.safetensors").items():
+        path = name.removesuffix(".weight")
+        outputs, inputs = reference.shape
+        is_row = path.endswith(("o_proj", "down_proj"))
+        layer = Layer.row(inputs, outputs) if is_row else Layer.column(inputs, [outputs])
+        if path.endswith("k_proj") and tp_size == 4:
+            with pytest.raises(LayoutError) as caught:
+                layer_of(folder, path, layer, config, all_ranks(4)[0])
+            assert str(caught.value) == (
+                f"{path}.weight_packed: TP 4 cuts 128 columns into 32 per rank; a Marlin tile is "
+                "64 outputs wide and 32 = 0 * 64 + 32. Try: TP 1 or 2."
+            )
+            continue
+        if path.endswith("o_proj") and tp_size == 4:
+            with pytest.raises(LayoutError, match="one scale covers a group of 128 inputs"):
+                layer_of(folder, path, layer, config, all_ranks(4)[0])
+            continue
+        pieces = [layer_of(folder, path, layer, config, ranks) for ranks in all_ranks(tp_size)]
+        weight = torch.cat([one.dequantized_weight() for one in pieces], int(is_row))
+        assert torch.equal(weight, reference)
+
+
+def layer_of(
+    folder: Path, path: str, layer: Layer, config: QuantConfig | None, ranks: Ranks
+) -> ParallelLayer:
+    """One layer of a file that holds others as well."""
+    module = build_layer(
+        layer, prefix=path, ranks=ranks, group=None, dtype=torch.float32, quant_config=config
+    )
+    model = nn.Module()
+    model.add_module("only", module)
+    escaped = path.replace(".", r"\.")
+    skips = (SkipRule(pattern=f"(?!{escaped}\\.).*", reason="another layer"),)
+    load(model, folder, ranks=ranks, names=Names(renames=(("^only", path),), skips=skips))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ct010-marlin24-truth-g128", "model_type: is missing"),
+        ("gguf-q8_0", "config.json: is missing, needs one beside the weights"),
+        ("mxfp4-gptoss", 'model_type: is "gpt_oss", needs one of: llama'),
+    ],
+)
+def test_what_is_no_model_is_refused(name: str, text: str) -> None:
+    with pytest.raises(LadingError) as caught:
+        read(fixture(name))
+    assert text in str(caught.value)
+
+
+def test_no_fixture_is_left_out() -> None:
+    if not FIXTURES.is_dir():
         pytest.skip(f"no fixtures in {FIXTURES} (LADING_FIXTURES says where they are)")
-    assert folders == {*CASES, *OTHERS}
+    assert {path.name for path in FIXTURES.iterdir() if path.is_dir()} == {*CASES, *OTHERS}

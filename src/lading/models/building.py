@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from lading import dtypes
 from lading import ranks as ranks_module
 from lading.layers import Kind, Layer
 from lading.layouts import Layout
@@ -23,7 +25,7 @@ from lading.nn import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from lading.parameter import BasevLLMParameter
+from lading.parameter import BasevLLMParameter, load_part
 from lading.ranks import Ranks
 from lading.schemes import QuantConfig
 
@@ -190,6 +192,11 @@ class RMSNorm(LoadableModule):
         return f"{self.weight.shape[-1]}, eps={self.eps}"
 
 
+def _load_scale(param: BasevLLMParameter, loaded_weight: torch.Tensor, *, ranks: Ranks) -> None:
+    """Takes a full tensor: all of it, or the heads of this rank."""
+    load_part(param, loaded_weight, ranks=ranks)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Builder:
     """Builds a declaration's modules by their paths, for one rank.
@@ -224,6 +231,30 @@ class Builder:
         )
         assert isinstance(built, kind), f"{path} is declared as {type(built).__name__}"
         return built
+
+    def cache_scales(self, path: str) -> tuple[BasevLLMParameter, ...]:
+        """The parameters of an attention module's KV cache scales, none where none are stored.
+
+        path   the module's name; its qkv layer is `path`.qkv_proj
+        """
+        qkv = self.entries[f"{path}.qkv_proj"]
+        assert isinstance(qkv, Layer), f"{path}.qkv_proj is declared as a vector"
+        if self.quant_config is None:
+            return ()
+        made = []
+        for scale in self.quant_config.cache_scales(path, qkv):
+            layout = scale.layout(qkv, self.ranks.tp_size)
+            with ranks_module.as_current(self.ranks):
+                param = BasevLLMParameter(
+                    data=torch.empty(layout.local_shape, dtype=dtypes.to_torch(scale.dtype)),
+                    weight_loader=partial(_load_scale, ranks=self.ranks),
+                )
+            param.tp_layout = layout
+            param.qualified_name = f"{path}.{scale.name}"
+            param.stored_leaf = scale.leaf if scale.leaf != scale.name else ""
+            param.stored_shape = scale.spec.stored
+            made.append(param)
+        return tuple(made)
 
     def optional_norm(self, path: str) -> RMSNorm | None:
         """The norm declared at a path, None where none is declared."""

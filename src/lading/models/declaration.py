@@ -163,6 +163,7 @@ def targets(
     found: list[Target] = []
     for path, what in declaration.entries:
         if isinstance(what, Layer):
+            found += quantised.cache_targets(path, what)
             stored = quantised.targets(path, what)
             if stored is not None:
                 found += stored
@@ -218,11 +219,11 @@ class _Layouts:
 
 
 class _Quantised:
-    """Targets of quantised layers; layouts of equal layers with equal schemes are built once."""
+    """Targets of quantised layers; those of equal layers with one scheme are built once."""
 
     def __init__(self, config: QuantConfig | None, layouts: _Layouts, dtype: str) -> None:
         self._config, self._layouts, self._dtype = config, layouts, dtype
-        self._known: dict[tuple[Layer, TensorSpec, bool], Layout] = {}
+        self._known: dict[tuple[int, int], tuple[LayerScheme, list[Target]]] = {}
 
     def targets(self, path: str, layer: Layer) -> list[Target] | None:
         """The targets of a layer, none after a problem; None for a dense layer."""
@@ -235,28 +236,68 @@ class _Quantised:
             return []
         if scheme is None:
             return None
-        try:
-            return layer_targets(
-                path,
-                layer,
-                scheme,
-                dtype=self._dtype,
-                layout_of=lambda spec: self._layout(path, layer, spec, scheme),
-            )
-        except LayoutError as error:
-            self._layouts.problems.append(error)
-            return []
-
-    def _layout(self, path: str, layer: Layer, spec: TensorSpec, scheme: LayerScheme) -> Layout:
-        key = (layer, spec, scheme.fused)
+        key = (id(scheme), id(layer))  # the declaration keeps the layer, the value the scheme
         if key not in self._known:
             try:
-                self._known[key] = layer.layout(
-                    spec, self._layouts.tp_size, fused_source=scheme.fused
-                )
+                self._known[key] = (scheme, self._build(layer, scheme))
             except LayoutError as error:
-                raise error.located(subject=f"{path}.{spec.name}") from None
-        return self._known[key]
+                subject = f"{path}.{error.subject}"
+                self._layouts.problems.append(
+                    LayoutError(error.fact, subject=subject, part=error.part, hint=error.hint)
+                )
+                return []
+        return [_renamed(target, f"{path}.{target.name}") for target in self._known[key][1]]
+
+    def cache_targets(self, path: str, layer: Layer) -> list[Target]:
+        """The targets of the KV cache's scales, which lie beside the qkv layer of this path."""
+        attention, _, name = path.rpartition(".")
+        if self._config is None or name != "qkv_proj":
+            return []
+        try:
+            scales = self._config.cache_scales(attention, layer)
+        except LadingError as error:
+            self._layouts.problems.append(error)
+            return []
+        found = []
+        for scale in scales:
+            try:
+                layout = scale.layout(layer, self._layouts.tp_size)
+            except LayoutError:
+                continue  # the qkv layer, cut by the same heads, says so
+            found.append(
+                Target(
+                    name=f"{attention}.{scale.name}",
+                    layout=layout,
+                    dtype=scale.dtype,
+                    leaf=scale.leaf if scale.leaf != scale.name else "",
+                    stored=scale.spec.stored,
+                )
+            )
+        return found
+
+    def _build(self, layer: Layer, scheme: LayerScheme) -> list[Target]:
+        """The targets, each under the name that it has in its layer."""
+
+        def layout_of(spec: TensorSpec) -> Layout:
+            try:
+                return layer.layout(spec, self._layouts.tp_size, fused_source=scheme.fused)
+            except LayoutError as error:
+                raise error.located(subject=spec.name) from None
+
+        named = layer_targets("", layer, scheme, dtype=self._dtype, layout_of=layout_of)
+        return [_renamed(target, target.name.removeprefix(".")) for target in named]
+
+
+def _renamed(target: Target, name: str) -> Target:
+    return Target(
+        name=name,
+        layout=target.layout,
+        dtype=target.dtype,
+        aliases=target.aliases,
+        leaf=target.leaf,
+        stored=target.stored,
+        expected=target.expected,
+    )
 
 
 def tp_sizes(config: ModelConfig, up_to: int = 64) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from lading.models.declaration import DEFAULT_VOCAB_PADDING, declare
 from lading.models.families import FAMILIES
 from lading.models.rope_config import RopeConfig
 from lading.nn import (
+    LoadableModule,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -71,8 +72,12 @@ class _Rotary:
         return rope.tables(position_ids, self._known[1], self._known[2], dtype)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention over this rank's heads."""
+class Attention(LoadableModule):
+    """Grouped-query attention over this rank's heads.
+
+    k_scale, v_scale, ... are there where the checkpoint has scales of a quantised KV cache; this
+    forward pass, which has no cache, does not use them.
+    """
 
     def __init__(self, config: ModelConfig, builder: Builder, path: str) -> None:
         super().__init__()
@@ -80,6 +85,9 @@ class Attention(nn.Module):
         self.q_norm = builder.optional_norm(f"{path}.q_norm")
         self.k_norm = builder.optional_norm(f"{path}.k_norm")
         self.o_proj = builder.layer(RowParallelLinear, f"{path}.o_proj")
+        for scale in builder.cache_scales(path):
+            assert scale.qualified_name is not None, "the builder names them"
+            self.register_parameter(scale.qualified_name.rpartition(".")[2], scale)
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
 

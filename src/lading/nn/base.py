@@ -55,7 +55,7 @@ class LoadableModule(nn.Module):
             if new is None or new is old or not isinstance(old, BasevLLMParameter):
                 continue
             if not isinstance(new, BasevLLMParameter):
-                self._parameters[name] = like(old, new.data)
+                self._parameters[name] = _replaced(old, new.data)
         return self
 
 
@@ -89,6 +89,7 @@ class ParallelLayer(LoadableModule):
             )
         self.layer = layer
         self.quant = quant_config.for_layer(prefix, layer) if quant_config is not None else None
+        self.disable_tp = disable_tp
         self.ranks = Ranks() if disable_tp else (ranks or ranks_module.current())
         self.group = group
         self.prefix = prefix
@@ -257,6 +258,18 @@ class ParallelLayer(LoadableModule):
         return f"in={self.layer.input.size}, out={outputs}, {self.ranks}, bias={self.layer.bias}"
 
 
+def _replaced(old: BasevLLMParameter, data: torch.Tensor) -> BasevLLMParameter:
+    """The same object over other memory, so that whoever else holds it (a tied layer, an engine)
+    keeps it; another one like it where torch cannot swap (weak references).
+    """
+    new = like(old, data)
+    try:
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return new
+    return old
+
+
 def like(old: BasevLLMParameter, data: torch.Tensor) -> BasevLLMParameter:
     """A parameter of the same class and state over other memory, nothing of it loaded."""
     new: BasevLLMParameter = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
@@ -295,7 +308,8 @@ def _require_complete(param: BasevLLMParameter) -> None:
         return
     part: PartName = None
     for name in layout.part_names if layout is not None else ():
-        placement = layout.place(name, param.tp_rank) if layout is not None else None
+        assert layout is not None, "part names come from a layout"
+        placement = layout.place(name, param.tp_rank, fused_source=layout.fused_source)
         if placement is not None and placement.target.intersect(missing) is not None:
             part = name
             break
@@ -312,11 +326,48 @@ def check_loaded(model: nn.Module) -> None:
     For loaders that call `param.load_*` or `weight_loader` themselves: call it when they are done.
     """
     owners.name_parameters(model)
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Refusal):
+                raise hook.error(module)
     for name, param in model.named_parameters():
         if param.device.type == "meta":
             raise NotLoadedError("has no memory yet (it is on the meta device)", subject=name)
         if isinstance(param, BasevLLMParameter):
             _require_complete(param)
+
+
+class _Refusal:
+    """A forward hook of the modules of a model that a failed load has left half-written."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def error(self, module: nn.Module) -> NotLoadedError:
+        return NotLoadedError(
+            f"its weights are partly overwritten by a load that failed ({self.reason}), needs a "
+            "load that succeeds",
+            subject=type(module).__name__,
+        )
+
+    def __call__(self, module: nn.Module, _args: object) -> None:
+        raise self.error(module)
+
+
+def refuse_forward(model: nn.Module, reason: str) -> None:
+    """Marks a model, and each of its modules, as unusable until a load succeeds."""
+    allow_forward(model)
+    for module in model.modules():
+        module.register_forward_pre_hook(_Refusal(reason))
+    start_load(model)  # what was noted as loaded is no longer so
+
+
+def allow_forward(model: nn.Module) -> None:
+    """Takes the marks of `refuse_forward` away."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Refusal):
+                del module._forward_pre_hooks[key]
 
 
 def start_load(model: nn.Module) -> None:

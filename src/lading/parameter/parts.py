@@ -28,11 +28,10 @@ def load_part(
     what those calls raise, and a DeclarationError where the parameter declares no layout.
     """
     layout = param.tp_layout
-    name = owners.name_of(param)
-    if layout is None:
-        raise DeclarationError("declares no layout, needs `tp_layout`", subject=name)
     why = "the declared layout"
     try:
+        if layout is None:
+            raise DeclarationError("declares no layout, needs `tp_layout`")
         if layout.tp_size != ranks.tp_size:
             raise CallError(f"is loaded as {ranks}, needs a rank of {layout.tp_size} ({why})")
         if layout.local_shape != tuple(param.shape):
@@ -50,4 +49,5 @@ def load_part(
             writing.fill(param.data, box)
             param._ledger.note(param, box)
     except LadingError as error:
-        raise error.located(subject=name) from None
+        # Only now: the search for a name walks all objects, and disturbs threads that load.
+        raise error.located(subject=owners.name_of(param)) from None

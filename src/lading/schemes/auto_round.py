@@ -7,7 +7,7 @@ regular expression (auto-round 0.8; `bits` of 16 and more: not quantised).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -70,6 +70,11 @@ class AutoRoundQuantization(Quantization):
             )
         check(scheme.specs(layer, found), found, scheme.name)
         return scheme
+
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The entry of extra_config that counts."""
+        override = self._override(module)
+        return None if override is None else override.text
 
     def _override(self, module: str) -> Override | None:
         named = (o for o in self.overrides if o.pattern is None and o.text == module)

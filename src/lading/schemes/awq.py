@@ -10,7 +10,7 @@ Letters: O = outputs, I = inputs, g = group size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from lading.errors import ConfigError
 from lading.layers import Layer
 from lading.schemes.base import Found, PartView, Quantization, Scheme
 from lading.schemes.evidence import check, is_dense
-from lading.schemes.ignoring import ignored_names, refuse_ignored
+from lading.schemes.ignoring import ignored_names, matching, refuse_ignored
 from lading.schemes.options import Options
 from lading.specs import Along, Dim, TensorSpec
 
@@ -122,6 +122,10 @@ class AwqQuantization(Quantization):
         refuse_ignored(found, "modules_to_not_convert", self.dense)
         check(self.scheme.specs(layer, found), found, self.scheme.name)
         return self.scheme
+
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The entry of the list of dense modules that names it."""
+        return matching(module, self.dense)
 
 
 def parse_awq(config: Mapping[str, Any]) -> AwqQuantization:

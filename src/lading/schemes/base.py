@@ -11,7 +11,7 @@ Letters: O = outputs, I = inputs of one part on one rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from lading.specs import TensorSpec
 
 if TYPE_CHECKING:
     import torch
+
+    from lading.schemes.cache_scales import CacheScales
 
 __all__ = ["Found", "PartView", "Quantization", "Scheme", "Stored"]
 
@@ -102,3 +104,14 @@ class Quantization(ABC):
 
         Raises a ConfigError where the declared scheme is not known or contradicts the headers.
         """
+
+    @abstractmethod
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """What the config says of a module's name: equal values and equal headers have one scheme.
+
+        A checkpoint of experts has tens of thousands of modules and a handful of such values.
+        """
+
+    def cache_scales(self) -> CacheScales | None:
+        """What the config says of the scales of a KV cache, None where it says nothing."""
+        return None

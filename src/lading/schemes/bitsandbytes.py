@@ -10,7 +10,7 @@ Letters: O = outputs, I = inputs. Source: bitsandbytes 0.50, `int8_vectorwise_de
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from lading.layers import Layer
 from lading.schemes.base import Found, PartView, Quantization, Scheme
 from lading.schemes.bnb4 import STATE, bnb4_of
 from lading.schemes.evidence import check, contradiction, is_dense, spelt
-from lading.schemes.ignoring import choice, ignored_names, refuse_ignored, shown
+from lading.schemes.ignoring import choice, ignored_names, matching, refuse_ignored, shown
 from lading.schemes.options import Options
 from lading.specs import Along, Dim, TensorSpec
 
@@ -104,6 +104,10 @@ class BnbQuantization(Quantization):
             )
         check(scheme.specs(layer, found), found, says)
         return scheme
+
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The entry of the list of dense modules that names it."""
+        return matching(module, self.ignored)
 
     def _int8(self, layer: Layer, found: Found) -> Scheme:
         says = "bitsandbytes int8"

@@ -23,14 +23,14 @@ ignores it is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lading.errors import ConfigError
 from lading.layers import Kind, Layer
 from lading.schemes.base import Found, Quantization, Scheme
-from lading.schemes.cache_scales import KvCache, parse_kv_cache
+from lading.schemes.cache_scales import CacheScales, parse_kv_cache
 from lading.schemes.config_groups import (
     FORMATS,
     Group,
@@ -60,7 +60,7 @@ class CompressedTensors(Quantization):
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()
-    kv_cache: KvCache | None = None
+    kv_cache: CacheScales | None = None
 
     def scheme_for(self, layer: Layer, found: Found) -> Scheme | None:
         """The scheme of a stored module, None where it is dense."""
@@ -68,9 +68,9 @@ class CompressedTensors(Quantization):
             return None
         shown = [f"{n} {spelt(t)}" for n, t in found.tensors.items() if n != "bias"]
         for entry in self.ignore:
-            if _match(entry, layer, found) is not None:
+            if _match(entry, layer, found.module) is not None:
                 raise contradiction(found, f'that "{entry}" is not quantised (ignore)', shown)
-        group = self._group(layer, found)
+        group = self._group(layer, found.module)
         if group is None:
             raise contradiction(found, "nothing of it (no target of config_groups fits)", shown)
         scheme = _scheme(group, found)
@@ -78,12 +78,22 @@ class CompressedTensors(Quantization):
         _check_inputs(group, found, scheme.name)
         return scheme
 
-    def _group(self, layer: Layer, found: Found) -> Group | None:
+    def cache_scales(self) -> CacheScales | None:
+        """Those of kv_cache_scheme."""
+        return self.kv_cache
+
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The first entry of `ignore` that names it, and its group's name."""
+        ignored = next((e for e in self.ignore if _match(e, layer, module) is not None), None)
+        group = self._group(layer, module)
+        return ignored, None if group is None else group.name
+
+    def _group(self, layer: Layer, module: str) -> Group | None:
         fits = [
             (rank, target, group)
             for group in self.groups
             for target in group.targets
-            if (rank := _match(target, layer, found)) is not None
+            if (rank := _match(target, layer, module)) is not None
         ]
         return min(fits, key=lambda fit: fit[:2])[2] if fits else None
 
@@ -126,12 +136,12 @@ def _check_targets(groups: list[Group]) -> None:
                 )
 
 
-def _match(target: str, layer: Layer, found: Found) -> int | None:
+def _match(target: str, layer: Layer, module: str) -> int | None:
     """0 where the name is the module's, 1 where an expression fits, 2 where the class does."""
-    if target == found.module:
+    if target == module:
         return 0
     if target.startswith("re:"):
-        return 1 if re.match(target[3:], found.module) else None
+        return 1 if re.match(target[3:], module) else None
     is_class = target in CLASSES or (target == "Embedding" and layer.kind is Kind.EMBEDDING)
     return 2 if is_class else None
 

@@ -34,7 +34,16 @@ from lading.specs import Along, Dim, TensorSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Fp8", "Mxfp4", "Nvfp4", "ScaleLayout", "fp4_spec", "group_dim", "scalar_specs"]
+__all__ = [
+    "Fp8",
+    "Mxfp4",
+    "Nvfp4",
+    "ScaleLayout",
+    "fp4_spec",
+    "group_dim",
+    "scalar_spec",
+    "scalar_specs",
+]
 
 FLOATS = ("F32", "BF16", "F16")
 EXPONENTS = ("U8", "F8_E8M0")
@@ -103,7 +112,7 @@ class Fp8(Scheme):
     def _scale_spec(self, found: Found) -> TensorSpec:
         dtypes = EXPONENTS if self.exponents else FLOATS + EXPONENTS
         if self.layout is ScaleLayout.TENSOR:
-            return _scalar_spec(found, self.scale, dtypes)
+            return scalar_spec(found, self.scale, dtypes)
         shown = found.tensors.get(self.scale)
         num_dims = len(shown.shape) if shown is not None else 2
         one = Dim(along=Along.FIXED)
@@ -175,7 +184,7 @@ class Nvfp4(Scheme):
         return (
             fp4_spec(self.weight),
             _group_spec(self.scale, self.group_size, ("F8_E4M3",)),
-            _scalar_spec(found, self.global_scale, ("F32",)),
+            scalar_spec(found, self.global_scale, ("F32",)),
             *scalar_specs(found, self.scalars),
         )
 
@@ -215,7 +224,7 @@ def scalar_specs(
     found: Found, names: tuple[str, ...], dtypes: tuple[str, ...] = FLOATS
 ) -> tuple[TensorSpec, ...]:
     """The specs of those scalars that the module has: one for each part, [] or [1] in the file."""
-    return tuple(_scalar_spec(found, name, dtypes) for name in names if name in found.tensors)
+    return tuple(scalar_spec(found, name, dtypes) for name in names if name in found.tensors)
 
 
 def fp4_spec(name: str) -> TensorSpec:
@@ -247,9 +256,11 @@ def _group_spec(name: str, size: int, dtypes: tuple[str, ...]) -> TensorSpec:
     return TensorSpec(name=name, dims=(Dim(along=Along.OUTPUT), group_dim(size)), dtypes=dtypes)
 
 
-def _scalar_spec(found: Found, name: str, dtypes: tuple[str, ...]) -> TensorSpec:
+def scalar_spec(found: Found, name: str, dtypes: tuple[str, ...]) -> TensorSpec:
+    """One number for each part; in the file [], [1], [1, 1], ... mean the same."""
     shown = found.tensors.get(name)
-    stored = () if shown is not None and not shown.shape else None
+    is_other = shown is not None and shown.shape != (1,) and set(shown.shape) <= {1}
+    stored = shown.shape if shown is not None and is_other else None
     return TensorSpec(name=name, dims=(Dim(along=Along.PARTS),), dtypes=dtypes, stored=stored)
 
 

@@ -16,7 +16,7 @@ writer uses is refused where the config does not say which. Letters: O = outputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from lading.layers import Layer
 from lading.schemes.base import Found, Quantization, Scheme
 from lading.schemes.evidence import check, contradiction, is_dense, spelt
 from lading.schemes.floating import Fp8, ScaleLayout
-from lading.schemes.ignoring import choice, ignored_names, refuse_ignored, shown
+from lading.schemes.ignoring import choice, ignored_names, matching, refuse_ignored, shown
 from lading.schemes.options import Options
 
 __all__ = ["Fp8Quantization", "parse_fp8"]
@@ -87,6 +87,10 @@ class Fp8Quantization(Quantization):
         if self.static and not any(scalar in found.tensors for scalar in INPUT_SCALES):
             raise contradiction(found, says, ["no input_scale"])
         return scheme
+
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The entry of the list of dense modules that names it."""
+        return matching(module, self.ignored)
 
     def _scale_name(self, found: Found) -> str:
         names = [name for name in SCALES if name in found.tensors]

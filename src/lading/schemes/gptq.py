@@ -15,7 +15,7 @@ Letters: O = outputs, I = inputs, G = groups, b = bits.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
@@ -212,6 +212,11 @@ class GptqQuantization(Quantization):
         scheme = self._scheme(settings, found.inputs)
         check(scheme.specs(layer, found), found, scheme.name)
         return scheme
+
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The first rule that matches, and whether it is the head."""
+        rule = next((rule.text for rule in self.rules if rule.pattern.match(module)), None)
+        return rule, module.rpartition(".")[2] == "lm_head"
 
     def _scheme(self, settings: Settings, inputs: int) -> Scheme:
         if self.container is Container.MARLIN:

@@ -18,7 +18,7 @@ I = inputs, g = group size, b = bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +28,7 @@ from lading.layers import Layer
 from lading.schemes.base import Found, PartView, Quantization, Scheme
 from lading.schemes.evidence import MODEL_DTYPES, check, contradiction, is_dense, spelt
 from lading.schemes.floating import group_dim
-from lading.schemes.ignoring import ignored_names, refuse_ignored, shown
+from lading.schemes.ignoring import ignored_names, matching, refuse_ignored, shown
 from lading.schemes.options import Options
 from lading.specs import Along, Constant, Dim, TensorSpec
 
@@ -184,6 +184,10 @@ class HqqQuantization(Quantization):
             )
         check(scheme.specs(layer, found), found, scheme.name)
         return scheme
+
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The entry of the list of dense modules that names it."""
+        return matching(module, self.ignored)
 
 
 class _Header(Protocol):

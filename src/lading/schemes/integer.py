@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from lading.errors import ConfigError
 from lading.layers import Layer
 from lading.schemes.base import Found, PartView, Scheme
-from lading.schemes.floating import FLOATS, ScaleLayout, scalar_specs
+from lading.schemes.floating import FLOATS, ScaleLayout, scalar_spec, scalar_specs
 from lading.specs import Along, Constant, Dim, TensorSpec
 
 if TYPE_CHECKING:
@@ -87,12 +87,12 @@ class PackedInt(Scheme):
                 dims=(Dim(along=Along.OUTPUT), self._packed(Along.INPUT, "columns")),
                 dtypes=("I32",),
             ),
-            _scale_spec("weight_scale", self.layout, self.group_size, along, FLOATS),
+            _scale_spec(found, "weight_scale", self.layout, self.group_size, along, FLOATS),
         ]
         if not self.symmetric:
             rows = self._packed(Along.OUTPUT, "zero points")
             if self.layout is ScaleLayout.TENSOR:  # the only layout whose zero point is not packed
-                zero = _scale_spec("weight_zero_point", self.layout, 0, along, ("I8",))
+                zero = _scale_spec(found, "weight_zero_point", self.layout, 0, along, ("I8",))
             else:
                 columns = _scale_dim(self.layout, self.group_size, along)
                 zero = TensorSpec(name="weight_zero_point", dims=(rows, columns), dtypes=("I32",))
@@ -200,7 +200,7 @@ class PlainInt(Scheme):
         if not self.symmetric:
             pairs.append(("weight_zero_point", ("I8",)))
         scales = (
-            _scale_spec(name, self.layout, self.group_size, Along.INPUT, dtypes)
+            _scale_spec(found, name, self.layout, self.group_size, Along.INPUT, dtypes)
             for name, dtypes in pairs
         )
         return (weight, *scales, *scalar_specs(found, SCALARS, SCALAR_DTYPES))
@@ -253,9 +253,20 @@ def _scale_dim(layout: ScaleLayout, group_size: int, along: Along) -> Dim:
 
 
 def _scale_spec(
-    name: str, layout: ScaleLayout, group_size: int, along: Along, dtypes: tuple[str, ...]
+    found: Found,
+    name: str,
+    layout: ScaleLayout,
+    group_size: int,
+    along: Along,
+    dtypes: tuple[str, ...],
 ) -> TensorSpec:
+    """The spec of a scale, or of a zero point that is not packed."""
     if layout is ScaleLayout.TENSOR:
-        return TensorSpec(name=name, dims=(Dim(along=Along.PARTS),), dtypes=dtypes)
+        return scalar_spec(found, name, dtypes)
     dims = (Dim(along=Along.OUTPUT), _scale_dim(layout, group_size, along))
+    shown = found.tensors.get(name)
+    # [O] is [O, 1] in other words: a channel's scale has no other view.
+    is_flat = layout is ScaleLayout.CHANNEL and shown is not None and len(shown.shape) == 1
+    if is_flat and shown is not None and shown.shape == (found.outputs,):
+        return TensorSpec(name=name, dims=dims, dtypes=dtypes, stored=(-1,))
     return TensorSpec(name=name, dims=dims, dtypes=dtypes)

@@ -20,7 +20,7 @@ Letters: O = outputs, I = inputs, g = group size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from lading.layers import Layer
 from lading.schemes.base import Found, Quantization, Scheme
 from lading.schemes.evidence import check, contradiction, is_dense
 from lading.schemes.floating import Fp8, Nvfp4, ScaleLayout
-from lading.schemes.ignoring import ignored_names, refuse_ignored, shown
+from lading.schemes.ignoring import ignored_names, matching, refuse_ignored, shown
 from lading.schemes.options import Options, one_of
 from lading.schemes.smoothed import PairedInt4, SmoothedInt8
 
@@ -83,6 +83,10 @@ class ModelOptQuantization(Quantization):
         check(scheme.specs(layer, found), found, f"quant_algo {algorithm}")
         return scheme
 
+    def said_of(self, layer: Layer, module: str) -> Hashable:
+        """The entry of the list of dense modules that names it, and its own algorithm."""
+        return matching(module, self.ignored), self.modules.get(module)
+
     def _declared(self, found: Found) -> tuple[str, Scheme]:
         if self.scheme is not None and self.algorithm is not None:
             return self.algorithm, self.scheme
@@ -90,7 +94,9 @@ class ModelOptQuantization(Quantization):
             return self.modules[found.module]
         raise contradiction(
             found,
-            f"quant_algo {_MIXED} and nothing of this module in quantized_layers",
+            f"quant_algo {_MIXED} and nothing of this module in quantized_layers"
+            if self.modules
+            else "that only the KV cache is quantised (quant_algo null)",
             shown(found),
             "needs a weight of the model's dtype",
         )
@@ -101,6 +107,8 @@ def parse_modelopt(config: Mapping[str, Any]) -> ModelOptQuantization:
     inner = config.get("quantization")
     options = Options(raw=inner if isinstance(inner, Mapping) else config)
     ignored = ignored_names(options, *IGNORED)
+    if not options.given("quant_algo") and options.given("kv_cache_quant_algo"):
+        return ModelOptQuantization(algorithm=None, scheme=None, modules={}, ignored=ignored)
     name = _algorithm(options, (*_ALGORITHMS, _MIXED))
     if name != _MIXED:
         scheme = _scheme(name, options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
@@ -18,7 +19,8 @@ import torch
 
 from lading import dtypes, writing
 from lading.checkpoint import Reader, Source
-from lading.errors import CheckpointError, ConflictError, LadingError
+from lading.errors import CheckpointError, ConflictError, DtypeError, FileError, LadingError
+from lading.layouts import PartName
 from lading.plan import Check, Plan, Share, Tie
 from lading.regions import Copy, Region, reordered
 from lading.specs import Constant
@@ -76,40 +78,56 @@ class HostTransport:
     _thread: _Thread = field(default_factory=_Thread)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def compare(self, plan: Plan, share: Share) -> None:
+        """All that can be found wrong before anything is written: files, constants, tied twins."""
+        for copy in {plan.sources[copy.source].file: copy for copy in share.copies}.values():
+            source = plan.sources[copy.source]
+            with _located(source, copy.target, copy.part):  # it is there, and what it was
+                self.reader.read_into(source, 0, memoryview(bytearray(min(1, source.num_bytes))))
+        for check in plan.checks():
+            with _located(plan.sources[check.source], check.target, None):
+                self._check(plan.sources[check.source], check)
+        for tie in plan.ties:
+            self._compare(plan, share, tie)
+
     def run(
         self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
     ) -> Moved:
         """Fills the tensors, by target name. `advance` is told kept bytes as they arrive.
 
-        Raises the error of the first copy, in file order, that failed; what was not begun by then
-        is left out.
+        Call `compare` before. Raises the error of the first copy, in file order, that failed; what
+        was not begun by then is left out, and nothing is written after this has returned.
         """
-        for check in plan.checks():
-            self._check(plan.sources[check.source], check)
-        for tie in plan.ties:
-            self._compare(plan, share, tie)
         for fill in share.fills:
-            writing.fill(tensors[fill.target], fill.region)
+            with torch.inference_mode(tensors[fill.target].is_inference()):
+                writing.fill(tensors[fill.target], fill.region)
         order = sorted(share.copies, key=lambda copy: _position(plan.sources[copy.source], copy))
         stop = threading.Event()
 
         def work(copy: Copy) -> None:
             if stop.is_set():
                 return
-            source = plan.sources[copy.source]
+            source, target = plan.sources[copy.source], tensors[copy.target]
             try:
-                self._copy(source, copy, tensors[copy.target], advance)
-            except LadingError as error:
-                stop.set()
-                raise error.located(subject=copy.target, part=copy.part, file=source.file) from None
+                with (
+                    _located(source, copy.target, copy.part),
+                    torch.inference_mode(target.is_inference()),
+                ):
+                    self._copy(source, copy, target, advance)
             except BaseException:
                 stop.set()
                 raise
             with self._lock:
                 self.moved.num_copies += 1
 
-        with ThreadPoolExecutor(max(1, self.num_threads)) as pool:
+        pool = ThreadPoolExecutor(max(1, self.num_threads))
+        try:
             futures: list[Future[None]] = [pool.submit(work, copy) for copy in order]
+            pool.shutdown()
+        except BaseException:  # Ctrl-C: the threads still write, and read from open files
+            stop.set()
+            pool.shutdown()
+            raise
         for future in futures:
             future.result()
         return self.moved
@@ -169,7 +187,8 @@ class HostTransport:
     def _staging_for(self, num_bytes: int) -> torch.Tensor:
         staging = self._thread.staging
         if staging is None or staging.numel() < num_bytes:
-            staging = torch.empty(max(num_bytes, self.staging_bytes), dtype=torch.uint8)
+            size = max(num_bytes, self.staging_bytes)
+            staging = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._thread.staging = staging
         return staging
 
@@ -178,20 +197,23 @@ class HostTransport:
         dtype, size = dtypes.to_torch(source.dtype), _element_bytes(source)
         whole = Region.whole((source.num_bytes // size,))
         unordered = check.constant is Constant.GROUP_INDEX  # all zeros is how some tools say it
+        first: CheckpointError | None = None
         for region in _blocks(whole, self.staging_bytes // size):
             found = self._block(source, region, dtype)
             needed = _needed_values(check, region.start[0], region.size[0]).to(found.dtype)
             wrong = torch.nonzero(found != needed)
             unordered = unordered and not bool(found.any())
-            if len(wrong) and not unordered:
+            if len(wrong) and first is None:
                 at = int(wrong[0])
-                raise CheckpointError(
+                first = CheckpointError(
                     f"checkpoint tensor {source.name!r} has {found[at].item()} at "
                     f"{region.start[0] + at}, needs {needed[at].item()} "
                     f"({_REASONS[check.constant]})",
                     subject=check.target,
                     file=source.file,
                 )
+            if first is not None and not unordered:
+                raise first
 
     def _compare(self, plan: Plan, share: Share, tie: Tie) -> None:
         """Raises a ConflictError where a tied parameter's two tensors differ in this rank's
@@ -204,8 +226,11 @@ class HostTransport:
                 continue
             for inner in _blocks(copy.source_region, self.staging_bytes // size):
                 region = copy.source_region.compose(inner)
-                first = self._block(one, region, dtype).clone()
-                if not writing.same_bits(first, self._block(two, region, dtype)):
+                with _located(one, copy.target, copy.part):
+                    first = self._block(one, region, dtype).clone()
+                with _located(two, copy.target, copy.part):
+                    second = self._block(two, region, dtype)
+                if not writing.same_bits(first, second):
                     raise ConflictError(
                         f"is tied, but checkpoint tensors {one.name!r} and {two.name!r} differ "
                         f"in {region}",
@@ -221,13 +246,38 @@ _REASONS = {
 }
 
 
+@contextmanager
+def _located(source: Source, target: str, part: PartName) -> Iterator[None]:
+    """Says in whatever is raised which parameter, checkpoint tensor and file it is about."""
+    try:
+        yield
+    except FileError as error:  # of the file alone
+        raise FileError(
+            f"checkpoint tensor {source.name!r} cannot be read: the file {error.fact}",
+            subject=target,
+            part=part,
+            file=source.file,
+            hint=error.hint,
+        ) from error
+    except DtypeError as error:
+        raise DtypeError(
+            f"checkpoint tensor {source.name!r}: {error.fact}",
+            subject=target,
+            part=part,
+            file=source.file,
+        ) from None
+    except LadingError as error:
+        raise error.located(subject=target, part=part, file=source.file) from None
+
+
 def _needed_values(check: Check, start: int, size: int) -> torch.Tensor:
     """The values of a constant from element `start` on."""
-    if check.constant is Constant.SHAPE:
-        return torch.tensor(check.numbers)[start : start + size]
-    if check.constant is Constant.GROUP_INDEX:
-        return torch.arange(start, start + size) // check.numbers[1]
-    return torch.zeros(size)
+    with torch.device("cpu"):  # whatever the caller's default is
+        if check.constant is Constant.SHAPE:
+            return torch.tensor(check.numbers)[start : start + size]
+        if check.constant is Constant.GROUP_INDEX:
+            return torch.arange(start, start + size) // check.numbers[1]
+        return torch.zeros(size)
 
 
 def _position(source: Source, copy: Copy) -> tuple[str, int]:
