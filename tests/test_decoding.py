@@ -105,7 +105,8 @@ def test_nothing_to_decode(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(CallError) as caught:
         lading.dequantize(dense, tmp_path / "out.safetensors", device="cpu")
     assert str(caught.value) == (
-        "dequantize: has no quantised layer, needs one (its weights are stored as they are)."
+        f"{dense}: has no quantised layer, needs one (its weights are stored as they are). "
+        "Try: dense=True (--all): the weights as they are, in float32."
     )
     assert os.listdir(tmp_path) == []
 
@@ -145,4 +146,12 @@ def test_a_file_that_cannot_be_made(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "missing" / "out.safetensors"
     with pytest.raises(FileError) as caught:
         lading.dequantize(dense, out, device="cpu", dense=True)
-    assert "cannot be created: No such file or directory" in str(caught.value)
+    assert f"cannot be written: there is no folder {out.parent}" in str(caught.value)
+
+
+def test_the_checkpoint_is_not_overwritten(dense: Path) -> None:
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
+    out = next(path for path in dense.iterdir() if path.suffix == ".safetensors")
+    with pytest.raises(FileError, match="is one of the checkpoint's own files"):
+        lading.dequantize(dense, out, device="cpu", dense=True)
+    assert {path.name: path.read_bytes() for path in dense.iterdir()} == before

@@ -267,7 +267,7 @@ def binding_problem(
     if target.stored is not None:
         needed = _stored_shape(target.stored, needed)
         is_fitting = shape == needed
-    problem = dtypes.cast_problem(source.dtype, target.dtype)
+    problem = dtypes.load_problem(source.dtype, target.dtype)
     if is_fitting and problem is None:
         return None
     if binding.fused and binding.part != worked.part_names[0]:

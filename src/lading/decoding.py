@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lading import ranks as ranks_module
-from lading.checkpoint import FileWriter, encode_header, open_checkpoint
+from lading.checkpoint import FileWriter, check_output, encode_header, open_checkpoint
 from lading.errors import CallError
 from lading.gguf import gguf_file, gguf_weights
 from lading.layouts import Layout, PartName
@@ -26,6 +26,7 @@ from lading.nn import ParallelLayer
 from lading.pretrained import load_pretrained
 from lading.ranks import Ranks
 from lading.regions import Region
+from lading.schemes import quantization_of
 from lading.specs import dense_specs
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def dequantize(
     group: ProcessGroup | None = None,
     device: torch.device | str | None = None,
     dense: bool = False,
+    straddle: str = "duplicate",
     progress: Progress | None = None,
 ) -> int:
     """Writes float32 weights of a checkpoint's quantised layers into one safetensors file.
@@ -116,6 +118,7 @@ def dequantize(
     ranks   this process's rank; every rank of the group calls this, and all see the same file
             system
     dense   also the weights of layers that are not quantised
+    straddle   as of `from_pretrained`
     A GGUF file gives all its matrices, under its own names and in its own order of rows.
     Gives the number of tensors. Raises what a load raises, the same on all ranks, and a CallError
     where the checkpoint has nothing to decode.
@@ -128,14 +131,16 @@ def dequantize(
             subject="dequantize",
             hint="lading dequantize --tp, or torchrun",
         )
+    group = ranks_module.group_of(ranks, group)
     gguf = gguf_file(path)
+    agreed(lambda: _check(path, gguf, out, dense=dense), _nothing, group)
     if gguf is not None:
-        group = ranks_module.group_of(ranks, group)
         weights = agreed(lambda: list(gguf_weights(gguf, ranks)), len, group)
         mine = [(Decoded(name=w.name, region=w.region, values=w.values), w.owner) for w in weights]
         return write_decoded(mine, out, ranks=ranks, group=group)
-    model, _ = load_pretrained(path, ranks=ranks, group=group, device=device, progress=progress)
-    group = ranks_module.group_of(ranks, group)
+    model, _ = load_pretrained(
+        path, ranks=ranks, group=group, device=device, straddle=straddle, progress=progress
+    )
     stored = agreed(lambda: open_checkpoint(path).tensors.keys(), sorted, group) if dense else ()
     mine = list(decoded_weights(model, model.names, ranks, dense=dense, stored=stored))
     return write_decoded(mine, out, ranks=ranks, group=group)
@@ -165,6 +170,22 @@ def write_decoded(
             FileWriter.discard(temporary)
         raise
     return len(shapes)
+
+
+def _check(path: PathLike, gguf: str | None, out: str | os.PathLike[str], *, dense: bool) -> None:
+    """What can be known to fail before anything is loaded."""
+    if gguf is not None:
+        check_output(os.fspath(out), inputs=[gguf])
+        return
+    checkpoint = open_checkpoint(path)
+    inputs = [os.path.join(checkpoint.folder, file) for file in checkpoint.file_bytes]
+    check_output(os.fspath(out), inputs=inputs)
+    if not dense and quantization_of(checkpoint) is None:
+        raise CallError(
+            "has no quantised layer, needs one (its weights are stored as they are)",
+            subject=os.fspath(path),
+            hint="dense=True (--all): the weights as they are, in float32",
+        )
 
 
 def _nothing(_done: None) -> None:

@@ -132,8 +132,6 @@ def _run(say: Say, look: Look, folder: str) -> Demo:
             *report.indented(
                 report.checks_report([one.elements for one in checks], checks[0].logits)
             ),
-            Line(text=""),
-            Line(text=report.speed(loads), style="bold"),
         )
     )
     return Demo(folder=folder, preflight=ahead, checks=checks)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BITS", "cast_problem", "from_torch", "printed", "spell", "to_torch"]
+__all__ = ["BITS", "cast_problem", "from_torch", "load_problem", "printed", "spell", "to_torch"]
 
 # Bits per element as the header counts elements (safetensors 0.8, `Dtype` in src/tensor.rs).
 BITS: dict[str, int] = {
@@ -165,6 +165,21 @@ def cast_problem(source: str, target: str) -> str | None:
     if target not in _MODEL_DTYPES:
         return f"{printed(target)} is a storage format, not a dtype to round into"
     return f"{printed(target)} does not hold every {printed(source)}"
+
+
+def load_problem(source: str, target: str) -> str | None:
+    """Why a checkpoint tensor of dtype `source` may not fill a parameter of dtype `target`.
+
+    Stricter than `cast_problem`: integers, bools and storage formats are never weights of a model
+    dtype, though each of their values could be written. They are the sign of a quantised checkpoint
+    whose config does not say so.
+    """
+    if source == target or is_cast(source, target):
+        return None
+    problem = cast_problem(source, target)
+    if problem is None and target in _MODEL_DTYPES:
+        return f"{printed(source)} looks quantised, and config.json declares no scheme for it"
+    return problem
 
 
 def to_torch(code: str) -> torch.dtype:

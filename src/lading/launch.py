@@ -18,7 +18,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_all_start_methods, get_context, parent_process
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,22 @@ def warm_up(tp_size: int) -> None:
         from multiprocessing import forkserver
 
         get_context("forkserver").set_forkserver_preload(list(PRELOADED))
-        forkserver.ensure_running()
+        with _deaf():  # the server inherits it, and a Ctrl-C while it imports is not its business
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """SIGINT is ignored, by this process and those that it starts meanwhile."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say so
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        # None: a handler that Python did not set, and cannot set again.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _start_method() -> str:
@@ -109,15 +125,12 @@ def _join(work: Work, tp_size: int, args: Sequence[Any], device: str | None) -> 
     outcome: Any = None
     try:
         outcome = work(ranks, *args)
-    except LadingError as error:
-        outcome = error
+    except Exception as error:  # whatever it is: the other ranks wait for a word
+        outcome = _failure(error, ranks)
     outcomes = ranks_module.exchange(outcome, ranks_module.group_of(ranks, None))
     if joined:
         ranks_module.leave_world()
-    for found in outcomes:
-        if isinstance(found, LadingError):
-            raise found
-    return outcomes
+    return _results(dict(enumerate(outcomes)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +139,15 @@ class _Failure:
 
     error: LadingError
     trace: str | None = None
+
+
+def _failure(error: BaseException, ranks: Ranks) -> _Failure:
+    """Of the error that is being handled."""
+    if isinstance(error, LadingError):
+        return _Failure(error=error)
+    found = RankError(f"{type(error).__name__}: {error}")
+    found.rank = ranks.tp_rank
+    return _Failure(error=found, trace=traceback.format_exc())
 
 
 def _start(work: Work, tp_size: int, args: Sequence[Any], device: str | None) -> list[Any]:
@@ -241,12 +263,8 @@ def _run_one(
     try:
         _join_file(meeting, ranks, device)
         outcome = work(ranks, *args)
-    except LadingError as error:
-        outcome = _Failure(error=error)
     except BaseException as error:
-        found = RankError(f"{type(error).__name__}: {error}")
-        found.rank = ranks.tp_rank
-        outcome = _Failure(error=found, trace=traceback.format_exc())
+        outcome = _failure(error, ranks)
     pipe.send(outcome)
     pipe.close()
     if not isinstance(outcome, _Failure):
@@ -339,19 +357,32 @@ class RankLoad:
     skipped: tuple[tuple[str, str], ...]
 
 
-def load_rank(ranks: Ranks, path: str, dtype: str | None, device: str | None) -> RankLoad:
+def load_rank(
+    ranks: Ranks,
+    path: str,
+    dtype: str | None,
+    device: str | None,
+    straddle: str = "duplicate",
+) -> RankLoad:
     """The work of each rank of `lading load`."""
-    return load_model(ranks, path, dtype, device)[1]
+    return load_model(ranks, path, dtype, device, straddle=straddle)[1]
 
 
 def load_model(
-    ranks: Ranks, path: str, dtype: str | None, device: str | None, *, what: str = "loading"
+    ranks: Ranks,
+    path: str,
+    dtype: str | None,
+    device: str | None,
+    *,
+    what: str = "loading",
+    straddle: str = "duplicate",
 ) -> tuple[CausalLM, RankLoad]:
     """A rank's model and what its load did, with the progress bar of rank 0.
 
     dtype    of the parameters, "BF16"; None = as config.json says
     device   "cpu", "cuda", None: see `device_of`
     what     the word beside the progress bar
+    straddle   "duplicate" or "refuse": scales whose group a cut goes through
     """
     from lading import dtypes, progress
     from lading.pretrained import load_pretrained
@@ -361,6 +392,7 @@ def load_model(
         ranks=ranks,
         device=device_of(ranks, device),
         dtype=None if dtype is None else dtypes.to_torch(dtype),
+        straddle=straddle,
         progress=progress.bar_of(ranks, what),
     )
     return model, _summary(report, model)
@@ -389,7 +421,13 @@ def _summary(report: LoadReport, model: CausalLM) -> RankLoad:
 
 
 def dequantize_rank(
-    ranks: Ranks, path: str, dtype: str | None, device: str | None, out: str, dense: bool
+    ranks: Ranks,
+    path: str,
+    dtype: str | None,
+    device: str | None,
+    out: str,
+    dense: bool,
+    straddle: str = "duplicate",
 ) -> int:
     """The work of each rank of `lading dequantize`: the number of tensors in the file."""
     from lading.decoding import dequantize
@@ -401,5 +439,6 @@ def dequantize_rank(
         ranks=ranks,
         device=device_of(ranks, device),
         dense=dense,
+        straddle=straddle,
         progress=bar_of(ranks, "loading"),
     )

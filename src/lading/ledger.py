@@ -50,10 +50,13 @@ class _Memory:
 class Ledger:
     """The regions of one parameter that loads have written.
 
-    shared   whether several parameters over one tensor keep this ledger together
+    shared    whether several parameters over one tensor keep this ledger together
+    is_begun  whether any load was ever noted; unlike the notes it outlives the memory, so that a
+              loaded parameter that was moved (`.to()`) is not taken for one that never was
     """
 
-    def __init__(self, *, shared: bool = False) -> None:
+    def __init__(self, *, shared: bool = False, is_begun: bool = False) -> None:
+        self.is_begun = is_begun
         self._notes: dict[Region, PartName] = {}
         self._memory: _Memory | None = None
         self._shared = shared
@@ -61,6 +64,10 @@ class Ledger:
 
     def start(self) -> None:
         """Forgets everything: the next loads may write other bytes."""
+        self._forget()
+        self.is_begun = False
+
+    def _forget(self) -> None:
         self._notes, self._memory = {}, None
 
     def kept_by(self, param: torch.Tensor) -> Ledger:
@@ -84,6 +91,7 @@ class Ledger:
         if self._memory is None:
             self._memory = _Memory.of(param)
         self._notes[region] = part
+        self.is_begun = True
 
     def check(
         self,
@@ -139,7 +147,7 @@ class Ledger:
 
     def _refresh(self, param: torch.Tensor) -> None:
         if self._memory is not None and self._memory != _Memory.of(param):
-            self.start()
+            self._forget()
 
 
 def _are_apart(one: Region, two: Region) -> bool:

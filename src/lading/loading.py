@@ -157,14 +157,21 @@ def run_load(
     progress: Progress | None,
 ) -> tuple[nn.Module, LoadReport]:
     """Prepares, agrees, executes, agrees, and only then hands the memory to the model."""
-    if staging_bytes < 1:
-        raise CallError(f"staging_bytes is {staging_bytes}, needs at least 1", subject="load")
-    place = place_of(device, ranks)
     group = ranks_module.group_of(ranks, group)
     began = time.perf_counter()
+
+    def begin() -> tuple[torch.device, Prepared]:
+        # Also what only this rank can get wrong, a GPU that is gone, say, is everyone's verdict.
+        if staging_bytes < 1:
+            raise CallError(f"staging_bytes is {staging_bytes}, needs at least 1", subject="load")
+        place = place_of(device, ranks)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        return place, prepare()
+
     # Under inference_mode the memory could not be written by the transport's threads.
     with torch.inference_mode(False), ExitStack() as stack:
-        prepared = agreed(prepare, lambda done: done.plan.digest, group)
+        place, prepared = agreed(begin, lambda done: done[1].plan.digest, group)
         model, plan = prepared.model, prepared.plan
         share = plan.share(ranks)
 

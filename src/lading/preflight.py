@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from lading import models
 from lading.checkpoint import Checkpoint, open_checkpoint
 from lading.errors import ConfigError, LayoutError, PlanError
+from lading.layouts import suggest_tp
 from lading.models import Declaration, ModelConfig
 from lading.names import Names
 from lading.plan import Plan, make_plan
@@ -58,10 +59,13 @@ class Preflight:
         return self.read.config
 
 
-def read(path: str | os.PathLike[str], *, dtype: str | None = None) -> Read:
+def read(
+    path: str | os.PathLike[str], *, dtype: str | None = None, straddle: str = "duplicate"
+) -> Read:
     """Headers and config.json of a folder; no payload.
 
-    dtype   of the parameters, in place of the declared one
+    dtype      of the parameters, in place of the declared one
+    straddle   "duplicate" or "refuse": for scale blocks that a cut goes through
     Raises a FileError, ConfigError, or a PlanError with every problem.
     """
     checkpoint = open_checkpoint(path)
@@ -79,21 +83,26 @@ def read(path: str | os.PathLike[str], *, dtype: str | None = None) -> Read:
         config=config,
         declaration=models.declare(config),
         names=names,
-        quant_config=quant_config_of(checkpoint, names),
+        quant_config=_quant_config(checkpoint, names, straddle),
         dtype=dtype or config.dtype or _most_common_dtype(checkpoint),
     )
 
 
 def preflight(
-    path: str | os.PathLike[str], ranks: Sequence[Ranks], *, dtype: str | None = None
+    path: str | os.PathLike[str],
+    ranks: Sequence[Ranks],
+    *,
+    dtype: str | None = None,
+    straddle: str = "duplicate",
 ) -> Preflight:
     """The plan of a checkpoint folder, from headers alone.
 
-    ranks   to plan for; all have one tp_size
-    dtype   of the parameters, "BF16"; by default config.json's, else the one of most bytes
+    ranks      to plan for; all have one tp_size
+    dtype      of the parameters, "BF16"; by default config.json's, else the one of most bytes
+    straddle   "duplicate" or "refuse": for scale blocks that a cut goes through
     Raises a FileError, or a PlanError with every problem.
     """
-    found = read(path, dtype=dtype)
+    found = read(path, dtype=dtype, straddle=straddle)
     try:
         targets = models.targets(
             found.declaration, ranks[0].tp_size, found.dtype, found.quant_config
@@ -101,7 +110,11 @@ def preflight(
     except PlanError as error:
         if all(isinstance(problem, LayoutError) for problem in error.problems):
             sizes = ", ".join(map(str, _tp_sizes(found)))
-            error.hint = f"TP {sizes}: there every layer divides" if sizes else None
+            if sizes:
+                error.hint = f"TP {sizes}: there every layer divides"
+            fitting = suggest_tp(set(_tp_sizes(found)).__contains__, ranks[0].tp_size)
+            for problem in error.problems:
+                problem.hint = fitting  # it knew what fits its own layer only
         raise
     plan = make_plan(targets, found.checkpoint.tensors, ranks=ranks, names=found.names)
     return Preflight(read=found, plan=plan)
@@ -129,6 +142,27 @@ def _tp_sizes(found: Read, up_to: int = 64) -> tuple[int, ...]:
         else:
             fitting.append(size)
     return tuple(fitting)
+
+
+QUANTISED_NAMES = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax")
+"""Names that only quantising tools give."""
+
+
+def _quant_config(checkpoint: Checkpoint, names: Names, straddle: str) -> QuantConfig | None:
+    """The checkpoint's quantisation; a ConfigError where tensors have one that nothing declares."""
+    found = quant_config_of(checkpoint, names, straddle=straddle)
+    if found is not None:
+        return found
+    for name, source in checkpoint.tensors.items():
+        if name.endswith(QUANTISED_NAMES):
+            raise ConfigError(
+                f"is missing, needs to say how {name!r} is quantised (only quantising tools give "
+                "such names)",
+                subject="quantization_config",
+                file="config.json" if checkpoint.config is not None else source.file,
+                hint="the config.json that came with these files",
+            )
+    return None
 
 
 def _most_common_dtype(checkpoint: Checkpoint) -> str:

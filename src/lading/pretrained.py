@@ -9,7 +9,7 @@ import torch
 from lading import dtypes, models, owners
 from lading import ranks as ranks_module
 from lading.errors import CallError
-from lading.loading import PathLike, Prepared, Progress, place_of, run_load
+from lading.loading import PathLike, Prepared, Progress, run_load
 from lading.preflight import preflight
 from lading.ranks import Ranks
 from lading.transport import DEFAULT_STAGING_BYTES
@@ -29,6 +29,7 @@ def from_pretrained(
     group: ProcessGroup | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    straddle: str = "duplicate",
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     progress: Progress | None = None,
 ) -> models.CausalLM:
@@ -40,6 +41,8 @@ def from_pretrained(
     ranks    this process's rank; by default `lading.ranks.current()`
     device   by default this rank's GPU, or the CPU where there is none
     dtype    of the parameters; by default config.json's, else the one that most tensors have
+    straddle   what becomes of a scale block that a cut goes through: "duplicate" keeps it on both
+             sides, with its offset, "refuse" refuses the cut
     Raises a PlanError with every problem, the same on all ranks, before anything is read.
     """
     if ranks is None:
@@ -54,6 +57,7 @@ def from_pretrained(
         group=group,
         device=device,
         dtype=dtype,
+        straddle=straddle,
         staging_bytes=staging_bytes,
         progress=progress,
     )
@@ -68,22 +72,16 @@ def load_pretrained(
     group: ProcessGroup | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    straddle: str = "duplicate",
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     progress: Progress | None = None,
 ) -> tuple[models.CausalLM, LoadReport]:
     """`from_pretrained` for a known rank, with the report of what was done."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise CallError(
-            f"dtype is {dtype!r}, needs a floating point torch.dtype", subject="from_pretrained"
-        )
-    place = place_of(device, ranks)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
     model, report = run_load(
-        lambda: prepare_pretrained(path, ranks=ranks, group=group, dtype=dtype),
+        lambda: prepare_pretrained(path, ranks=ranks, group=group, dtype=dtype, straddle=straddle),
         ranks=ranks,
         group=group,
-        device=place,
+        device=device,
         staging_bytes=staging_bytes,
         progress=progress,
     )
@@ -97,10 +95,15 @@ def prepare_pretrained(
     ranks: Ranks,
     group: ProcessGroup | None = None,
     dtype: torch.dtype | None = None,
+    straddle: str = "duplicate",
 ) -> Prepared:
     """The model on meta and its proved plan; nothing is read but headers and config.json."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CallError(
+            f"dtype is {dtype!r}, needs a floating point torch.dtype", subject="from_pretrained"
+        )
     code = dtypes.from_torch(dtype) if dtype is not None else None
-    found = preflight(path, [ranks], dtype=code)
+    found = preflight(path, [ranks], dtype=code, straddle=straddle)
     read = found.read
     with torch.device("meta"):
         model = models.CausalLM(

@@ -76,11 +76,17 @@ class Fails:
 
 
 BAD = [
-    Fails("no bytes", b"", "header: the file has 0 bytes, needs 8 for the header's length."),
+    Fails(
+        "no bytes",
+        b"",
+        "header: the file has 0 bytes, needs 8 for the header's length."
+        " Try: copy or download the file again.",
+    ),
     Fails(
         "length 0",
         bytes(8),
-        "header: its length is 0 bytes, needs at least 2 (an empty header is {}).",
+        "header: its length is 0 bytes, needs at least 2 (an empty header is {})."
+        " Try: copy or download the file again.",
     ),
     Fails(
         "length 2^60",
@@ -100,16 +106,21 @@ BAD = [
         "header: the file starts with 'version ', needs the header's length (it looks like a git "
         "LFS pointer, which stands for a file that was not fetched). Try: git lfs pull.",
     ),
-    Fails("not utf-8", raw_file(0, raw=b"{\xff}"), "header: is not UTF-8 (byte 1 is 0xff)."),
+    Fails(
+        "not utf-8",
+        raw_file(0, raw=b"{\xff}"),
+        "header: is not UTF-8 (byte 1 is 0xff). Try: copy or download the file again.",
+    ),
     Fails(
         "not json",
         raw_file(0, raw=b"{]"),
-        "header: is not JSON (Expecting property name enclosed in double quotes at character 1).",
+        "header: is not JSON (Expecting property name enclosed in double quotes at character 1)."
+        " Try: copy or download the file again.",
     ),
     Fails(
         "nul padding",
         raw_file(0, raw=b"{}\0\0"),
-        "header: is not JSON (Extra data at character 2).",
+        "header: is not JSON (Extra data at character 2). Try: copy or download the file again.",
     ),
     Fails("not an object", raw_file([1]), "header: is [1], needs a JSON object."),
     Fails(
@@ -223,7 +234,8 @@ BAD = [
     Fails(
         "past the end",
         raw_file({"a": U8}, b"a"),
-        "a: its bytes are [0, 2) of the data, the file has only 1 of them (it is cut off).",
+        "a: its bytes are [0, 2) of the data, the file has only 1 of them (it is cut off)."
+        " Try: copy or download the file again.",
     ),
     Fails(
         "wrong size",

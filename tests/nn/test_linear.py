@@ -261,7 +261,7 @@ def test_positional_arguments_are_vllms(cls: type[Any], names: str) -> None:
 def test_attributes_engines_read() -> None:
     ranks = Ranks(tp_rank=1, tp_size=4)
     qkv = QKVParallelLinear(64, 8, 8, 2, False, prefix="layers.0.qkv_proj", ranks=ranks)
-    assert (qkv.input_size, qkv.output_size) == (64, 96)
+    assert (qkv.input_size, qkv.output_size) == (64, 128)
     assert qkv.output_partition_sizes == [16, 8, 8]
     assert qkv.output_size_per_partition == 32
     assert (qkv.total_num_heads, qkv.total_num_kv_heads, qkv.head_size) == (8, 2, 8)

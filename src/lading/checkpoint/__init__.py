@@ -11,6 +11,7 @@ index         open_checkpoint, which puts them together
 from lading.checkpoint.files import (
     ByteReader,
     FileWriter,
+    check_output,
     copy_file,
     read_header,
     read_json,
@@ -35,6 +36,7 @@ __all__ = [
     "Reader",
     "Source",
     "TensorInfo",
+    "check_output",
     "copy_file",
     "encode_header",
     "header_length",

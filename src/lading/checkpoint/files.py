@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from types import TracebackType
@@ -31,6 +31,7 @@ from lading.errors import (
 
 __all__ = [
     "ByteReader",
+    "check_output",
     "copy_file",
     "file_size",
     "list_folder",
@@ -215,6 +216,30 @@ def file_size(path: Path) -> int | None:
         return None
 
 
+def check_output(path: Path, *, inputs: Sequence[str] = ()) -> None:
+    """Whether a file can be made at `path` without harm: called before any work is done for it.
+
+    inputs   files that are read for it, and so may not be replaced by it
+    Raises FileError where its folder is missing, or it is there and is no regular file (a folder,
+    a device), or is one of `inputs`.
+    """
+    name = os.fspath(path)
+    folder = os.path.dirname(os.path.abspath(name))
+    if not os.path.isdir(folder):
+        raise FileError(f"cannot be written: there is no folder {folder}", subject=name)
+    try:
+        status = os.stat(name)
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"is {_kind(status.st_mode)}, needs a file or nothing there", subject=name)
+    for other in inputs:
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samestat(status, os.stat(other)):
+                fact = "is one of the checkpoint's own files, needs another name"
+                raise FileError(fact, subject=name)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file; readers see the old one or the new one, never half. Raises FileError."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -301,6 +326,7 @@ class FileWriter:
 
 
 def _replace(path: str, write: Callable[[str], object]) -> None:
+    check_output(path)
     # In the same folder, because a rename is atomic only within one file system.
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
     try:
@@ -334,9 +360,12 @@ def _open(path: Path, name: str) -> tuple[int, int]:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
-        raise FileError(f"is {kind}, needs a file", subject=name)
+        raise FileError(f"is {_kind(status.st_mode)}, needs a file", subject=name)
     return fd, status.st_size
+
+
+def _kind(mode: int) -> str:
+    return "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
 
 
 def _read_exact(fd: int, view: memoryview, offset: int, name: str, file_bytes: int) -> None:

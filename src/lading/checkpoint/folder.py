@@ -77,7 +77,7 @@ def find_entry(path: str | os.PathLike[str]) -> Entry:
     if name.endswith(_SUFFIXES):
         return Entry(folder=folder, files=(name,))
     fact = f"is not a checkpoint, needs a folder, an .index.json or one of {', '.join(_SUFFIXES)}"
-    raise FileError(fact, subject=shown)
+    raise FileError(fact, subject=shown, hint=_gguf_hint([name]))
 
 
 def parse_weight_map(tree: Any, index: str) -> tuple[dict[str, str], list[LadingError]]:
@@ -147,7 +147,7 @@ def _entry_of_folder(folder: str, shown: str) -> Entry:
     stem = _stems(names, ".bin").get("pytorch_model")
     if stem is not None:
         return _entry_of_stem(folder, shown, stem)
-    raise FileError(f"{_found(names)}, {_WANTED}", subject=shown)
+    raise FileError(f"{_found(names)}, {_WANTED}", subject=shown, hint=_gguf_hint(names))
 
 
 def _stems(names: Sequence[str], suffix: str) -> dict[str, _Stem]:
@@ -214,6 +214,16 @@ def _listed(names: Sequence[str]) -> str:
 
 def _hub_hint(shown: str) -> str | None:
     """A path like "org/model" is most often meant as a name on the hub."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", shown) is None or shown.endswith(_SUFFIXES):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", shown) is None:
+        return None
+    if shown.lower().endswith((*_SUFFIXES, ".gguf", ".json")):
+        return None
+    if os.path.isdir(shown.partition("/")[0]):
         return None
     return f"hf download {shown}, and give the folder that it prints"
+
+
+def _gguf_hint(names: Sequence[str]) -> str | None:
+    if any(name.endswith(".gguf") for name in names):
+        return "lading dequantize, which reads GGUF files"
+    return None

@@ -108,7 +108,9 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
     Raises HeaderError for a length that cannot be, so that nobody allocates it.
     """
     if len(prefix) < PREFIX_BYTES:
-        _fail(f"the file has {len(prefix)} bytes, needs {PREFIX_BYTES} for the header's length")
+        _fail_damaged(
+            f"the file has {len(prefix)} bytes, needs {PREFIX_BYTES} for the header's length"
+        )
     length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
     if prefix[:PREFIX_BYTES] == _LFS_PREFIX:
         raise HeaderError(
@@ -118,13 +120,13 @@ def header_length(prefix: bytes, file_bytes: int) -> int:
             hint="git lfs pull",
         )
     if length == 0:
-        _fail("its length is 0 bytes, needs at least 2 (an empty header is {})")
+        _fail_damaged("its length is 0 bytes, needs at least 2 (an empty header is {})")
     if length > MAX_HEADER_BYTES:
-        _fail(
+        _fail_damaged(
             f"its length is {length} bytes, needs at most {MAX_HEADER_BYTES} (the format's limit)"
         )
     if length > file_bytes - PREFIX_BYTES:
-        _fail(
+        _fail_damaged(
             f"its length is {length} bytes, the file has only {file_bytes - PREFIX_BYTES} after "
             f"the first {PREFIX_BYTES} (it is cut off, or not a safetensors file)"
         )
@@ -188,11 +190,16 @@ def _fail(fact: str, subject: str = "header") -> NoReturn:
     raise HeaderError(fact, subject=subject)
 
 
+def _fail_damaged(fact: str, subject: str = "header") -> NoReturn:
+    """For what no writer leaves, but a copy or a download that went wrong does."""
+    raise HeaderError(fact, subject=subject, hint="copy or download the file again")
+
+
 def _parse_json(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        _fail(f"is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x})")
+        _fail_damaged(f"is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x})")
     # json takes "-0" for 0, where the format has no sign; a Python hook for every integer would
     # cost more than the rest of the parse, so it is used only where the text has one.
     parse_int = _unsigned if "-0" in text else None
@@ -207,7 +214,7 @@ def _parse_json(raw: bytes) -> Any:
         if "\\ud" in text or "\\uD" in text:  # json lets half a surrogate pair through
             json.dumps(tree, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        _fail(f"is not JSON ({error.msg} at character {error.pos})")
+        _fail_damaged(f"is not JSON ({error.msg} at character {error.pos})")
     except RecursionError:
         _fail("is nested too deeply to be a header")
     except UnicodeEncodeError:
@@ -265,7 +272,7 @@ def _tensor(name: str, entry: Any, data_start: int, data_bytes: int) -> TensorIn
         _fail(fact, name)
     start, stop = offsets
     if stop > data_bytes:
-        _fail(
+        _fail_damaged(
             f"its bytes are [{start}, {stop}) of the data, the file has only {max(data_bytes, 0)} "
             "of them (it is cut off)",
             name,
@@ -338,7 +345,7 @@ def _check_cover(tensors: Mapping[str, TensorInfo], data_start: int, file_bytes:
             _fail(fact, name)
         reached, previous = info.stop, name
     if reached != file_bytes:
-        _fail(
+        _fail_damaged(
             f"its tensors end at byte {reached}, the file has {file_bytes} bytes "
             "(nothing may follow the last tensor)"
         )

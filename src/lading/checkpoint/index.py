@@ -36,12 +36,14 @@ class _Contents:
     metadata: Mapping[str, str]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, with_config: bool = True) -> Checkpoint:
     """The checkpoint at a folder, a weight file (.safetensors, .bin) or an .index.json.
 
     In a folder: model.safetensors.index.json, or model.safetensors, or a complete set of
     model-00001-of-0000N.safetensors; else the only other .safetensors checkpoint there; else the
     same of pytorch_model.bin.
+
+    with_config   False = config.json is not opened, and counts as missing
 
     Raises
         FileError   there is no checkpoint, or nothing says which of several is meant
@@ -62,7 +64,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     tensors = _merge(contents, problems)
     if weight_map is not None:
         _compare(weight_map, contents, tensors, problems)
-    config = _read_config(entry.folder, problems)
+    config = _read_config(entry.folder, problems) if with_config else None
     if problems:
         raise PlanError(problems, what="the checkpoint")
     return Checkpoint(

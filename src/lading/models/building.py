@@ -16,6 +16,7 @@ from lading.layouts import Layout
 from lading.models.declaration import Shape
 from lading.nn import (
     ColumnParallelLinear,
+    LayerLoader,
     LoadableModule,
     MergedColumnParallelLinear,
     ParallelLayer,
@@ -171,7 +172,7 @@ class RMSNorm(LoadableModule):
         self.eps = eps
         with ranks_module.as_current(ranks):
             weight = BasevLLMParameter(
-                data=torch.ones(shape, dtype=dtype), weight_loader=self.weight_loader
+                data=torch.ones(shape, dtype=dtype), weight_loader=LayerLoader(self)
             )
         weight.tp_layout = Layout.replicated(shape, ranks.tp_size)
         weight.qualified_name = f"{prefix}.weight"

@@ -19,6 +19,9 @@ __all__ = ["ExpertsConfig", "ModelConfig", "parse_config"]
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 LAYER_TYPES = ("full_attention", "sliding_attention")
+MAX_LAYERS = 10_000
+"""Of which no model has come near; a larger count is a mistake, or an attack on memory."""
+
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -106,6 +109,11 @@ def parse_config(raw: Mapping[str, Any], *, file: str = "config.json") -> ModelC
     reader = Reader(raw, file=file)
     family = _family(reader)
     sizes = {key: reader.integer(key) for key in SIZES}
+    if sizes["num_hidden_layers"] > MAX_LAYERS:  # each becomes an object: not before it is checked
+        reader.note(
+            "num_hidden_layers", f"is {sizes['num_hidden_layers']}, needs at most {MAX_LAYERS}"
+        )
+        raise PlanError(reader.problems, what=file)
     dtype = _dtype(reader)
     _check_activation(reader)
     quantization = reader.inner("quantization_config").raw or None

@@ -1,6 +1,6 @@
 """Parallel layers: what engines build models from."""
 
-from lading.nn.base import LoadableModule, ParallelLayer, check_loaded, start_load
+from lading.nn.base import LayerLoader, LoadableModule, ParallelLayer, check_loaded, start_load
 from lading.nn.embedding import ParallelLMHead, VocabParallelEmbedding
 from lading.nn.linear import (
     ColumnParallelLinear,
@@ -12,6 +12,7 @@ from lading.nn.linear import (
 
 __all__ = [
     "ColumnParallelLinear",
+    "LayerLoader",
     "LoadableModule",
     "MergedColumnParallelLinear",
     "ParallelLMHead",

@@ -6,6 +6,7 @@ Letters: T = tp_size, O = output size, I = input size, both over all ranks.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from lading.specs import TensorSpec, dense_specs
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LoadableModule", "ParallelLayer", "check_loaded", "start_load"]
+__all__ = ["LayerLoader", "LoadableModule", "ParallelLayer", "check_loaded", "start_load"]
 
 
 class LoadableModule(nn.Module):
@@ -57,6 +58,41 @@ class LoadableModule(nn.Module):
             if not isinstance(new, BasevLLMParameter):
                 self._parameters[name] = _replaced(old, new.data)
         return self
+
+
+class LayerLoader:
+    """A layer's `weight_loader`, as its parameters hold it: without keeping the layer alive.
+
+    A bound method would make a cycle of layer and parameter, and a model that is dropped would keep
+    its memory until the garbage collector runs: with the next model, twice the memory.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self._owner().weight_loader(*args, **keywords)
+
+    @property
+    def __self__(self) -> Any:
+        """The layer, as of a bound method."""
+        return self._owner()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerLoader:
+        layer = self._owner()
+        return LayerLoader(memo.get(id(layer), layer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self._owner()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._layer = weakref.ref(state["layer"])
+
+    def _owner(self) -> Any:
+        layer = self._layer()
+        if layer is None:
+            raise NotLoadedError("its layer is gone, needs the layer that it was made by")
+        return layer
 
 
 class ParallelLayer(LoadableModule):
@@ -122,7 +158,7 @@ class ParallelLayer(LoadableModule):
         layout = self._layout(spec)
         data = torch.empty(layout.local_shape, dtype=self._dtype(spec))
         with ranks_module.as_current(self.ranks):
-            param = parameter_of(spec, layout, data, self.weight_loader)
+            param = parameter_of(spec, layout, data, LayerLoader(self))
         param.tp_layout = layout
         param.qualified_name = f"{self.prefix}.{spec.attribute}" if self.prefix else None
         param.stored_leaf = spec.name if spec.attribute != spec.name else ""
@@ -324,6 +360,9 @@ def check_loaded(model: nn.Module) -> None:
     """Raises a NotLoadedError, naming parameter and part, where loads have left elements unwritten.
 
     For loaders that call `param.load_*` or `weight_loader` themselves: call it when they are done.
+    The forward pass of a layer refuses parameters of which only some elements were loaded; of one
+    that no load has touched it cannot know whether its caller has filled it some other way. Only
+    this call takes it for missing.
     """
     owners.name_parameters(model)
     for module in model.modules():
@@ -334,6 +373,8 @@ def check_loaded(model: nn.Module) -> None:
         if param.device.type == "meta":
             raise NotLoadedError("has no memory yet (it is on the meta device)", subject=name)
         if isinstance(param, BasevLLMParameter):
+            if not param._ledger.is_begun:
+                raise NotLoadedError("was never loaded, needs to be", subject=name)
             _require_complete(param)
 
 

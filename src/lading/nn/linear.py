@@ -285,7 +285,9 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.hidden_size, self.head_size = hidden_size, head_size
         self.v_head_size = head_size if v_head_size is None else v_head_size
         self.total_num_heads, self.total_num_kv_heads = total_num_heads, kv_heads
-        self.output_sizes = [part.size for part in layer.output.parts]
+        # As in the field, with each KV head counted once for every rank that holds it.
+        self.output_sizes = [size * self.tp_size for size in self.output_partition_sizes]
+        self.output_size = sum(self.output_sizes)
         self.num_heads = total_num_heads // self.tp_size
         self.num_kv_heads = max(1, kv_heads // self.tp_size)
         self.num_kv_head_replicas = max(1, self.tp_size // kv_heads)

@@ -400,7 +400,7 @@ def _rebuild(
     cls: type[BasevLLMParameter], data: torch.Tensor, requires_grad: bool
 ) -> BasevLLMParameter:
     new: BasevLLMParameter = torch.Tensor._make_subclass(cls, data, requires_grad)
-    new._ledger = Ledger()
+    new._ledger = Ledger(is_begun=True)  # what its original had is not known here
     return new
 
 
