@@ -230,7 +230,12 @@ def main() -> None:
     parser.add_argument("--side", choices=["lading", "peer"])
     options = parser.parse_args()
     if options.side:
-        import torch  # not a part of the time
+        # Imports are not a part of the time, on either side.
+        import safetensors.torch  # noqa: F401
+        import torch
+
+        import lading.models.decoder
+        import lading.pretrained  # noqa: F401
 
         torch.set_num_threads(2)
         run = run_lading if options.side == "lading" else run_peer

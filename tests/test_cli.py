@@ -112,7 +112,7 @@ FAILS = [
         1,
         "error: TP 4 has 3 problems:\n"
         "  model.layers.{0..2}.self_attn.qkv_proj, part 'q': TP 4 does not cut 6 q heads into 4 "
-        "equal pieces: 6 = 4 * 1 + 2. Try: TP 1, 2 or 6. (3 layers)\n"
+        "equal pieces: 6 = 4 * 1 + 2. Try: TP 1 or 2. (3 layers)\n"
         "  Try: TP 1, 2: there every layer divides.\n",
     ),
 ]
@@ -164,6 +164,17 @@ def test_unknown_architecture(folder: str, tmp_path: Path) -> None:
     value = value_of(shown)
     assert value["tp_sizes"] is None
     assert '"mamba"' in value["config"]["problem"]
+    assert len(value["tensors"]) == 30
+
+
+def test_a_config_that_is_no_json(folder: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text("{")
+    assert run("plan", str(tmp_path)).exit_code == 1
+    shown = run("inspect", str(tmp_path), "--json")
+    assert shown.exit_code == 0
+    value = value_of(shown)
+    assert value["config"]["problem"].startswith("config.json: is not JSON")
     assert len(value["tensors"]) == 30
 
 
@@ -270,7 +281,8 @@ def test_load_in_json(three_heads: str) -> None:
     assert value["ok"] is True
     assert (value["command"], value["tp_size"], value["dtype"]) == ("load", 3, "F32")
     assert [one["tp_rank"] for one in value["ranks"]] == [0, 1, 2]
-    assert value["checkpoint_bytes"] / value["seconds"] / 1e9 == value["gigabytes_per_second"]
+    speed = value["checkpoint_bytes"] / value["seconds"] / 1e9
+    assert value["gigabytes_per_second"] == pytest.approx(speed)
     assert len(value["casts"]) == 21
 
 
@@ -355,6 +367,29 @@ def test_a_reader_that_leaves(folder: str) -> None:
     assert process.stderr == b""
 
 
+@pytest.mark.parametrize("args", [("plan", "DIR"), ("plan", "DIR", "--json"), ("--help",)])
+def test_a_full_disk(folder: str, args: tuple[str, ...]) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        process = subprocess.run(
+            [*COMMAND, *(folder if arg == "DIR" else arg for arg in args)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert process.returncode == 1
+    assert process.stderr == "error: stdout cannot be written: No space left on device\n"
+
+
+def test_closed_streams(folder: str) -> None:
+    line = f"{sys.executable} -m lading inspect {folder}"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        result = shell("-c", f"{line} {closed}", command=["bash"])
+        assert (result.returncode, result.stderr) == (0, "")
+    result = shell("-c", f"{line}/no >&-", command=["bash"])
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+
+
 def test_a_terminal_in_ascii(folder: str) -> None:
     result = shell("plan", folder, PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
@@ -371,7 +406,7 @@ def test_torchrun(three_heads: str) -> None:
     assert value["tp_size"] == len(value["ranks"]) == 3
 
 
-def test_torchrun_decides_tp(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_decides_tp(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {
         "RANK": "0",
         "WORLD_SIZE": "2",
@@ -379,6 +414,13 @@ def test_torchrun_decides_tp(folder: str, monkeypatch: pytest.MonkeyPatch) -> No
         "MASTER_PORT": "1",
     }.items():
         monkeypatch.setenv(key, value)
+    planned = value_of(run("plan", folder, "--json"))
+    assert planned["summary"]["tp_size"] == 2
+    monkeypatch.setenv("RANK", "1")
+    out = tmp_path / "plan.json"
+    result = run("plan", folder, "--out", str(out))
+    assert (result.exit_code, result.output, out.exists()) == (0, "", False)
+    monkeypatch.setenv("RANK", "0")
     result = run("load", folder, "--tp", "4")
     assert result.exit_code == 2
     assert "is 4, needs 2 (WORLD_SIZE of the launcher)" in result.stderr.replace("\n│", "")

@@ -54,6 +54,11 @@ def all_raise(ranks: Ranks) -> None:
     raise FileError("is gone", subject="the file")
 
 
+def rank_1_raises_early(ranks: Ranks) -> None:
+    if ranks.tp_rank == 1:
+        raise ZeroDivisionError("of all things")
+
+
 def sleeps(ranks: Ranks, folder: str) -> None:
     Path(folder, f"rank-{os.getpid()}").touch()
     time.sleep(600)
@@ -168,6 +173,48 @@ def test_a_signal_to_the_command_ends_all_ranks(tmp_path: Path, number: signal.S
         assert process.returncode == 128 + number
         assert "Traceback" not in errors
         assert [entry for entry in temporary.iterdir() if entry.name.startswith("lading")] == []
+
+
+def test_any_error_of_a_rank_of_torchrun_is_told_to_all(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, test_launch\n"
+        "from lading import launch\n"
+        "from lading.errors import RankError\n"
+        "try:\n"
+        "    launch.run_ranks(test_launch.rank_1_raises_early, 2)\n"
+        "except RankError as error:\n"
+        f"    open({str(tmp_path)!r} + '/rank-' + os.environ['RANK'], 'w').write(str(error))\n"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*torchrun, str(script)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=60,
+        check=True,
+    )
+    for rank in range(2):
+        told = (tmp_path / f"rank-{rank}").read_text()
+        assert told == "ZeroDivisionError: of all things. On rank 1."
+
+
+def test_an_early_interrupt(tmp_path: Path) -> None:
+    """As a terminal does, while the server of processes imports torch."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lading", "demo", "--json"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not any(entry.name.startswith("lading") for entry in tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=SECONDS)
+    assert (process.returncode, errors) == (130, "interrupted\n")
 
 
 def test_device_of_a_host_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from lading import report
 from lading.checkpoint import Source
 from lading.layers import Layer
-from lading.layouts import Layout
+from lading.layouts import Axis, Cut, Layout, Part
 from lading.names import Names, SkipRule
 from lading.plan import Plan, Target, make_plan
 from lading.ranks import Ranks, all_ranks
@@ -187,6 +188,36 @@ def test_where_groups_ranks() -> None:
     assert "3..5  [4:8, 0:8]     [4:8, 0:8]\n" in text
 
 
+def test_a_rank_of_padding_only() -> None:
+    table = Layer.embedding(5, 8, pad_to=64)
+    target = Target(name="w", layout=table.layout(table.specs()[0], 2), dtype="BF16")
+    source = Source(name="w", dtype="BF16", shape=(5, 8), file="m", offset_bytes=0, num_bytes=80)
+    for ranks in (all_ranks(2), (Ranks(tp_rank=1, tp_size=2),)):
+        plan = make_plan([target], {"w": source}, ranks=ranks, names=Names.of())
+        text = render([report.where(plan, look=Look())], Look())
+        assert "1     nothing" in text
+        assert "padding only\n" in text
+
+
+def test_shared_scales_are_said() -> None:
+    """192 rows on 2 ranks, one scale for 128: rank 0 needs entry 0, rank 1 both."""
+    for size, said in ((192, "whole"), (320, "2 pieces, shared"), (256, "2 pieces")):
+        axis = Axis(parts=(Part(name=None, size=size),), name="out_features")
+        cut = Cut(axis=axis, grain=Fraction(128), ragged=True, straddle=True)
+        target = Target(name="s", layout=Layout(cuts=(cut,), tp_size=2), dtype="F32")
+        source = Source(
+            name="s",
+            dtype="F32",
+            shape=(-(-size // 128),),
+            file="m",
+            offset_bytes=0,
+            num_bytes=-(-size // 128) * 4,
+        )
+        plan = make_plan([target], {"s": source}, ranks=all_ranks(2), names=Names.of())
+        (section,) = report.overview(plan, look=Look()).sections
+        assert section.rows[0][-1] == said
+
+
 def test_casts_are_said() -> None:
     text = text_of(made_plan(2, stored="F32"))
     assert "cast:\n  embed.weight: fp32 to bf16\n" in text
@@ -196,6 +227,7 @@ def test_casts_are_said() -> None:
 def test_plan_json() -> None:
     value = report.plan_json(made_plan(2))
     assert value["num_parameters"] == 3
+    assert value["num_elements"] == 1664  # of both ranks, as the text has it
     assert value["num_tensors_skipped"] == 1
     assert [one["tp_rank"] for one in value["ranks"]] == [0, 1]
     assert [one["padding_elements"] for one in value["ranks"]] == [0, 27 * 8]

@@ -14,6 +14,7 @@ from lading import verify as verify_module
 from lading.demo import write_checkpoint
 from lading.errors import VerifyError
 from lading.layouts import Axis, Cut, Layout, Part
+from lading.nn import ParallelLayer
 from lading.pretrained import load_pretrained
 from lading.ranks import Ranks, all_ranks
 from lading.verify import ElementCheck, LogitCheck, compare_logits, verify
@@ -161,6 +162,7 @@ def test_logits(folder: str) -> None:
     assert check.compared
     assert check.ok
     assert check.num_logits == 2 * 24 * 101
+    assert (check.num_sequences, check.num_tokens) == (2, 24)
     assert 0 < check.max_abs_diff <= check.tolerance < 1e-3
 
 
@@ -178,6 +180,33 @@ def test_wrong_logits_are_found(folder: str, monkeypatch: pytest.MonkeyPatch) ->
     check = compare_logits(folder, Ranks(), (101, 24), device="cpu", group=None)
     assert check.compared
     assert not check.ok
+
+
+def test_nan_on_both_sides(folder: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("*.safetensors"):
+        state = load_file(file)
+        if "model.norm.weight" in state:
+            state["model.norm.weight"][3] = float("nan")
+            save_file(state, file, metadata={"format": "pt"})
+    check = compare_logits(str(tmp_path), Ranks(), (101, 24), device="cpu", group=None)
+    assert check.compared
+    assert not check.ok
+    assert check.nan == (
+        "NaN in the logits of both (of the parameters, model.norm.weight is the first with NaN)"
+    )
+    assert verify(tmp_path, model_of(str(tmp_path), Ranks()), Ranks()).num_mismatches == 0
+
+
+def test_quantised_is_what_the_layers_are(folder: str) -> None:
+    model = model_of(folder, Ranks())
+    assert not verify_module._is_quantised(model)
+    layer = next(m for m in model.modules() if isinstance(m, ParallelLayer))
+    layer.quant = object()  # type: ignore[assignment]
+    assert verify_module._is_quantised(model)
 
 
 def test_without_transformers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ start without torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ from lading.errors import MAX_PRINTED_PROBLEMS, LadingError, PlanError
 
 if TYPE_CHECKING:
     from lading.checkpoint import Checkpoint
+    from lading.models import ModelConfig
     from lading.report import Block, Look
     from lading.verify import RankCheck
 
@@ -54,6 +56,13 @@ class DeviceName(str, Enum):
 
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class StraddleName(str, Enum):
+    """What becomes of scales whose group a cut goes through."""
+
+    DUPLICATE = "duplicate"
+    REFUSE = "refuse"
 
 
 _CODES = {DtypeName.BF16: "BF16", DtypeName.FP16: "F16", DtypeName.FP32: "F32"}
@@ -93,16 +102,57 @@ Device = Annotated[
         help="Default: cuda where there is a GPU for each rank, else cpu.", show_default=False
     ),
 ]
+Straddle = Annotated[
+    StraddleName,
+    typer.Option(help="Quantisation scales that a cut goes through: kept by both ranks, or not."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")]
 
 
 def main() -> NoReturn:
     """The entry point: runs the command and exits."""
+    # A stream that the shell has closed (`>&-`) is None, and its number is free for other files.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # until the end
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal in ASCII
     signal.signal(signal.SIGTERM, _terminated)  # so that ranks end and folders are removed
-    app(prog_name="lading")
+    try:
+        try:
+            app(prog_name="lading")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:  # of no stream
+            raise
+        sys.exit(_lost(error))
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
     sys.exit(0)
+
+
+def _lost(error: OSError) -> int:
+    """Says that stdout takes no more; the exit status. Nothing is written to it at exit either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # whoever read it has gone (`| head`)
+        return 128 + signal.SIGPIPE
+    _mutter(f"error: stdout cannot be written: {error.strerror or error}\n")
+    return 1
+
+
+def _interrupted() -> int:
+    if _is_first():
+        _mutter("interrupted\n")
+    return 128 + signal.SIGINT
+
+
+def _mutter(text: str) -> None:
+    """To stderr, if that takes it."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _terminated(number: int, _frame: object) -> NoReturn:
@@ -173,6 +223,7 @@ def load(
     tp: Tp = None,
     dtype: Dtype = None,
     device: Device = None,
+    straddle: Straddle = StraddleName.DUPLICATE,
     as_json: Json = False,
 ) -> None:
     """Loads a checkpoint on N processes of this host (under torchrun: on its processes)."""
@@ -181,7 +232,9 @@ def load(
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import launch, report
 
-        results = _on_ranks(launch.load_rank, path, size, _code(dtype), _name(device), as_json)
+        results = _on_ranks(
+            launch.load_rank, path, size, _code(dtype), _name(device), straddle.value, as_json
+        )
         if not as_json:
             from lading.report import Line
 
@@ -200,6 +253,7 @@ def plan(
         typer.Option(metavar="R", min=0, help="Every region of this rank.", show_default=False),
     ] = None,
     dtype: Dtype = None,
+    straddle: Straddle = StraddleName.DUPLICATE,
     out: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Write the plan as JSON.", show_default=False),
@@ -207,7 +261,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Plans and proves a load from the files' headers alone: nothing is read, no GPU, no torch."""
-    size = tp or 1
+    size = _tp_of(tp)
     if rank is not None and rank >= size:
         allowed = f"0 to {size - 1}" if size > 1 else "0"
         problem = f"is {rank}, needs {allowed} (--tp is {size})"
@@ -220,9 +274,9 @@ def plan(
         from lading.ranks import Ranks, all_ranks
 
         ranks = all_ranks(size) if rank is None else (Ranks(tp_rank=rank, tp_size=size),)
-        found = preflight.preflight(path, ranks, dtype=_code(dtype))
+        found = preflight.preflight(path, ranks, dtype=_code(dtype), straddle=straddle.value)
         value = plan_to_json(found.plan) if as_json or out is not None else {}
-        if out is not None:
+        if out is not None and _is_first():
             write_json(out, value)
         if not as_json:
             title = (
@@ -241,6 +295,7 @@ def verify(
     tp: Tp = None,
     dtype: Dtype = None,
     device: Device = None,
+    straddle: Straddle = StraddleName.DUPLICATE,
     logits: Annotated[
         bool | None,
         typer.Option(
@@ -260,7 +315,7 @@ def verify(
         from lading.verify import verify_rank
 
         checks: list[RankCheck] = _on_ranks(
-            verify_rank, path, size, _code(dtype), _name(device), as_json, logits
+            verify_rank, path, size, _code(dtype), _name(device), straddle.value, as_json, logits
         )
         if not as_json:
             elements = [one.elements for one in checks]
@@ -286,6 +341,7 @@ def dequantize(
     ],
     tp: Tp = None,
     device: Device = None,
+    straddle: Straddle = StraddleName.DUPLICATE,
     dense: Annotated[
         bool, typer.Option("--all", help="Also the weights of layers that are not quantised.")
     ] = False,
@@ -299,7 +355,15 @@ def dequantize(
         from lading.report import Line
 
         found = _on_ranks(
-            launch.dequantize_rank, path, size, None, _name(device), as_json, out, dense
+            launch.dequantize_rank,
+            path,
+            size,
+            None,
+            _name(device),
+            straddle.value,
+            as_json,
+            out,
+            dense,
         )
         if not as_json:
             _show((Line(text=f"{found[0]} weights in {out}"),))
@@ -314,10 +378,8 @@ def inspect(path: Dir, as_json: Json = False) -> None:
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import report
-        from lading.checkpoint import open_checkpoint
 
-        checkpoint = open_checkpoint(path)
-        facts, sizes = _facts(checkpoint)
+        checkpoint, facts, sizes = _facts(path)
         if not as_json:
             shown = [(key, str(value)) for key, value in facts.items() if value is not None]
             _show(report.inspect_report(checkpoint, shown))
@@ -329,17 +391,58 @@ def inspect(path: Dir, as_json: Json = False) -> None:
     _run("inspect", work, as_json)
 
 
-def _facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[int] | None]:
-    """What config.json declares, or why lading cannot say; the TP sizes where it can."""
-    from lading import dtypes, models, preflight
+def _facts(path: str) -> tuple[Checkpoint, dict[str, Any], list[int] | None]:
+    """The headers; what config.json declares, or why lading cannot say; TP sizes where it can."""
+    from lading import preflight
+    from lading.schemes import describe
 
-    if checkpoint.config is None:
-        return {"missing": "there is no config.json: plan, load and verify need one"}, None
     try:
-        config = models.parse_config(checkpoint.config)
+        found = preflight.read(path)
     except LadingError as error:
-        return {"problem": str(error)}, None
-    facts = {
+        return _facts_without(path, error)
+    facts = _config_facts(found.config)
+    sizes: list[int] | None = None
+    try:
+        schemes = describe(found.quant_config, found.declaration.layers)
+        if found.quant_config is not None:
+            counts = [f"{name} ({count} layers)" for name, count in schemes.items()]
+            facts["quantised"] = "; ".join(counts)
+        sizes = list(preflight._tp_sizes(found))
+    except LadingError as error:
+        facts["problem"] = str(error)
+    else:
+        facts["TP sizes"] = ", ".join(map(str, sizes)) or "none up to 64"
+    return found.checkpoint, facts, sizes
+
+
+def _facts_without(
+    path: str, error: LadingError
+) -> tuple[Checkpoint, dict[str, Any], list[int] | None]:
+    """The same where `error` is why lading cannot load it; raises it where the files are why."""
+    from lading import models
+    from lading.checkpoint import open_checkpoint
+
+    problems = error.problems if isinstance(error, PlanError) else (error,)
+    is_damaged = all(problem.subject == "config.json" for problem in problems)
+    try:
+        checkpoint = open_checkpoint(path)
+    except PlanError:
+        if not is_damaged:
+            raise
+        return open_checkpoint(path, with_config=False), {"problem": str(error)}, None
+    if checkpoint.config is None:
+        missing = "there is no config.json: plan, load and verify need one"
+        return checkpoint, {"missing": missing}, None
+    facts: dict[str, Any] = {}
+    with contextlib.suppress(LadingError):
+        facts = _config_facts(models.parse_config(checkpoint.config))
+    return checkpoint, {**facts, "problem": str(error)}, None
+
+
+def _config_facts(config: ModelConfig) -> dict[str, Any]:
+    from lading import dtypes
+
+    return {
         "family": config.family,
         "layers": config.num_layers,
         "hidden size": config.hidden_size,
@@ -351,11 +454,6 @@ def _facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[int] | None]:
         "dtype": None if config.dtype is None else dtypes.printed(config.dtype),
         "quantization": (config.quantization or {}).get("quant_method"),
     }
-    try:
-        sizes = list(preflight.tp_sizes(checkpoint.folder))
-    except LadingError as error:
-        return {**facts, "problem": str(error)}, None
-    return {**facts, "TP sizes": ", ".join(map(str, sizes)) or "none up to 64"}, sizes
 
 
 # ----------------------------------------------------------------------------------------- running
@@ -378,6 +476,7 @@ def _on_ranks(
     tp_size: int,
     dtype: str | None,
     device: str | None,
+    straddle: str,
     as_json: bool,
     *more: Any,
 ) -> list[Any]:
@@ -389,10 +488,10 @@ def _on_ranks(
     if launch.join_size() is None:
         launch.warm_up(tp_size)
     if launch.join_size() is None and gguf_file(path) is None:
-        plan = preflight.preflight(path, all_ranks(tp_size), dtype=dtype).plan
+        plan = preflight.preflight(path, all_ranks(tp_size), dtype=dtype, straddle=straddle).plan
         if not as_json:
             _show((*report.proof_block(plan), report.Line(text="")))
-    return launch.run_ranks(work, tp_size, (path, dtype, device, *more), device=device)
+    return launch.run_ranks(work, tp_size, (path, dtype, device, *more, straddle), device=device)
 
 
 def _code(dtype: DtypeName | None) -> str | None:
@@ -419,6 +518,8 @@ def _run(command: str, work: Callable[[], tuple[bool, dict[str, Any]]], as_json:
         else:
             _say_error(error)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(_interrupted()) from None
     if as_json:
         _give({"ok": ok, "command": command, **value})
     if not ok:
@@ -457,10 +558,8 @@ def _write(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read stdout has gone (`| head`). Nothing may be written to it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        raise typer.Exit(_lost(error)) from None
 
 
 def _say_error(error: LadingError) -> None:

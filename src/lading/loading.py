@@ -183,7 +183,7 @@ def run_load(
 
         def execute() -> tuple[dict[str, torch.Tensor], Moved]:
             memory = {
-                name: torch.empty_like(tensor, device=place) if tensor.is_meta else tensor.detach()
+                name: _memory_for(tensor, place) if tensor.is_meta else tensor.detach()
                 for name, tensor in tensors.items()
             }
             return memory, _execute(plan, share, transport, memory, progress)
@@ -199,6 +199,14 @@ def run_load(
         _install(model, plan, memory)
     allow_forward(model)
     return model, _report(plan, ranks, moved, time.perf_counter() - began)
+
+
+def _memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """Memory of a meta tensor's shape and strides.
+
+    Not `empty_like`: of a meta tensor that imports sympy, a second or two in a new process.
+    """
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
 
 
 def _no_facts(_done: object) -> None:

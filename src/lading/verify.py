@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, lcm
+from math import ceil, isfinite, lcm
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lading import ranks as ranks_module
@@ -121,12 +121,16 @@ class LogitCheck:
     """How the model's logits compare with those of transformers; the same on every rank.
 
     compared    False where there was nothing to compare with: `reason` says why
+    nan         where both have NaN, which says nothing of the rest: in words
     tolerance   the largest difference that is allowed: LOGIT_TOLERANCE * max(1, largest logit)
     """
 
     compared: bool
     reason: str | None = None
+    nan: str | None = None
     num_logits: int = 0
+    num_sequences: int = 0
+    num_tokens: int = 0
     max_abs_diff: float = 0.0
     tolerance: float = 0.0
     transformers_version: str | None = None
@@ -134,7 +138,7 @@ class LogitCheck:
     @property
     def ok(self) -> bool:
         """Whether nothing is known to be wrong."""
-        return not self.compared or self.max_abs_diff <= self.tolerance
+        return not self.compared or (self.nan is None and self.max_abs_diff <= self.tolerance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,26 +151,32 @@ class RankCheck:
 
 
 def verify_rank(
-    ranks: Ranks, path: str, dtype: str | None, device: str | None, logits: bool | None
+    ranks: Ranks,
+    path: str,
+    dtype: str | None,
+    device: str | None,
+    logits: bool | None,
+    straddle: str = "duplicate",
 ) -> RankCheck:
     """The work of each rank of `lading verify`: load, compare elements, compare logits.
 
-    logits   True = must be compared, False = not, None = where it can be done
+    logits     True = must be compared, False = not, None = where it can be done
+    straddle   "duplicate" or "refuse": scales whose group a cut goes through
     """
     from lading import progress
 
-    model, loaded = load_model(ranks, path, dtype, device)
+    model, loaded = load_model(ranks, path, dtype, device, straddle=straddle)
     group = ranks_module.group_of(ranks, None)
     bar = progress.bar_of(ranks, "verifying")
     names = model.names
     check_all = partial(verify, path, model, ranks, names=names, progress=bar)
     elements = _together(check_all, group)
     del check_all
-    config = model.config
+    config, quantised = model.config, _is_quantised(model)
     del model
     if logits is False:
         check = LogitCheck(compared=False, reason="not asked for")
-    elif logits is None and config.quantization is not None:
+    elif logits is None and quantised:
         check = LogitCheck(
             compared=False, reason="the checkpoint is quantised (--logits compares anyway)"
         )
@@ -176,10 +186,17 @@ def verify_rank(
         )
     else:
         limits = (config.vocab_size, min(NUM_TOKENS, config.max_position))
-        check = compare_logits(path, ranks, limits, device=device, group=group)
+        check = compare_logits(path, ranks, limits, device=device, group=group, straddle=straddle)
         if logits and not check.compared:
             raise CallError(f"cannot be compared: {check.reason}", subject="logits")
     return RankCheck(load=loaded, elements=elements, logits=check)
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    """Whether any layer is: config.json does not always say so, as with HQQ."""
+    from lading.nn import ParallelLayer
+
+    return any(isinstance(m, ParallelLayer) and m.quant is not None for m in model.modules())
 
 
 def _together(work: Callable[[], T], group: ProcessGroup | None) -> T:
@@ -484,6 +501,7 @@ def compare_logits(
     *,
     device: str | None,
     group: ProcessGroup | None,
+    straddle: str = "duplicate",
 ) -> LogitCheck:
     """The logits of the checkpoint loaded in fp32 on these ranks against those of transformers, in
     fp32 on rank 0, for fixed random token ids. The same result on every rank.
@@ -495,16 +513,17 @@ def compare_logits(
     reason = ranks_module.exchange(_obstacle(path) if ranks.tp_rank == 0 else None, group)[0]
     if reason is not None:
         return LogitCheck(compared=False, reason=reason)
-    model, _ = load_model(ranks, path, "F32", device, what="loading in fp32")
+    model, _ = load_model(ranks, path, "F32", device, what="loading in fp32", straddle=straddle)
     vocab_size, num_tokens = limits
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (NUM_SEQUENCES, num_tokens), generator=random)
     ours = _together(partial(_logits, model, ids), group)
+    with_nan = next(filter(None, ranks_module.exchange(_parameter_with_nan(model), group)), None)
     del model
     check: LogitCheck | None = None
     if ranks.tp_rank == 0:
         try:
-            check = _against_transformers(path, ids, ours)
+            check = _against_transformers(path, ids, ours, with_nan)
         except Exception as error:  # whatever it is: the other ranks wait for a word
             words = str(error).partition("\n")[0]
             check = LogitCheck(
@@ -536,7 +555,17 @@ def _logits(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
         return model(ids.to(device)).float().cpu()  # type: ignore[no-any-return]
 
 
-def _against_transformers(path: str, ids: torch.Tensor, ours: torch.Tensor) -> LogitCheck:
+def _parameter_with_nan(model: nn.Module) -> str | None:
+    """The first that has NaN, of those that hold floats."""
+    for name, param in model.named_parameters():
+        if param.dtype.is_floating_point and param.element_size() > 1 and param.isnan().any():
+            return name
+    return None
+
+
+def _against_transformers(
+    path: str, ids: torch.Tensor, ours: torch.Tensor, with_nan: str | None
+) -> LogitCheck:
     import warnings
 
     import torch
@@ -560,12 +589,19 @@ def _against_transformers(path: str, ids: torch.Tensor, ours: torch.Tensor) -> L
             theirs = model(ids).logits
     if theirs.shape != ours.shape:
         raise ValueError(f"its logits have shape {list(theirs.shape)}, ours {list(ours.shape)}")
+    nan = None
+    if bool(ours.isnan().any()) and bool(theirs.isnan().any()):
+        first = f" (of the parameters, {with_nan} is the first with NaN)" if with_nan else ""
+        nan = f"NaN in the logits of both{first}"
     largest = float(theirs.abs().max())
     difference = float((ours - theirs).abs().max())
     return LogitCheck(
         compared=True,
+        nan=nan,
         num_logits=ours.numel(),
+        num_sequences=ids.shape[0],
+        num_tokens=ids.shape[1],
         max_abs_diff=difference if difference == difference else float("inf"),
-        tolerance=LOGIT_TOLERANCE * max(1.0, largest),
+        tolerance=LOGIT_TOLERANCE * max(1.0, largest if isfinite(largest) else 0.0),
         transformers_version=transformers.__version__,
     )

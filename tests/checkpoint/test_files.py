@@ -6,11 +6,19 @@ import errno
 import json
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lading.checkpoint import ByteReader, copy_file, read_header, read_json, write_json
+from lading.checkpoint import (
+    ByteReader,
+    check_output,
+    copy_file,
+    read_header,
+    read_json,
+    write_json,
+)
 from lading.checkpoint import files as files_module
 from lading.errors import CallError, ConfigError, FileError, HeaderError, IndexFileError
 
@@ -95,8 +103,9 @@ def test_header_errors_name_the_file(tmp_path: Path) -> None:
 
 def test_a_header_whose_length_is_a_lie_is_not_allocated(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes((2**60).to_bytes(8, "little"))
-    with pytest.raises(HeaderError):
-        read_header(tmp_path / "x")
+    with pytest.raises(HeaderError) as caught:
+        read_header(tmp_path / "x", name="x.safetensors")
+    assert str(caught.value).endswith("In x.safetensors. Try: copy or download the file again.")
 
 
 def test_a_header_of_a_large_sparse_file(tmp_path: Path) -> None:
@@ -231,7 +240,37 @@ def test_write_json_replaces_the_whole_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["index.json"]
     with pytest.raises(FileError) as caught:
         write_json("/dev/null/x", 1)
-    assert message_of(caught) == "/dev/null/x: cannot be written: Not a directory."
+    assert message_of(caught) == ("/dev/null/x: cannot be written: there is no folder /dev/null.")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("/dev/null", "is a device, pipe or socket, needs a file or nothing there"),
+        (".", "is a directory, needs a file or nothing there"),
+        ("no/such/folder", "cannot be written: there is no folder "),
+    ],
+)
+def test_what_is_no_file_is_not_replaced(
+    target: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "from").touch()
+    for write in (check_output, partial(write_json, value=1), partial(copy_file, "from")):
+        with pytest.raises(FileError, match=f"^{target}: {words}"):
+            write(target)
+    assert os.listdir(tmp_path) == ["from"]
+
+
+def test_an_output_that_is_an_input(tmp_path: Path) -> None:
+    stored = tmp_path / "model.safetensors"
+    stored.touch()
+    (tmp_path / "link").symlink_to(stored)
+    check_output(stored)
+    check_output(tmp_path / "new", inputs=[str(stored)])
+    for name in ("model.safetensors", "link"):
+        with pytest.raises(FileError, match="is one of the checkpoint's own files"):
+            check_output(tmp_path / name, inputs=["/no/such", str(stored)])
 
 
 def test_a_write_that_fails_leaves_the_old_file(

@@ -79,7 +79,8 @@ FAILS = [
     Fails(
         "others only",
         ("a.gguf", "training_args.bin"),
-        f"F: has only a.gguf, training_args.bin, {NEEDS}.",
+        f"F: has only a.gguf, training_args.bin, {NEEDS}. "
+        "Try: lading dequantize, which reads GGUF files.",
     ),
     Fails(
         "many others",
@@ -161,6 +162,9 @@ def test_paths_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ("org/Model-7B", " Try: hf download org/Model-7B, and give the folder that it prints."),
         ("./org/model", ""),
+        ("here/model", ""),
+        ("org/model.gguf", ""),
+        ("org/model/x", ""),
         ("/nowhere/at/all", ""),
         ("x.safetensors", ""),
         ("a\0b", ""),
@@ -170,6 +174,7 @@ def test_a_path_to_nothing(
     path: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     with pytest.raises(FileError) as caught:
         find_entry(path)
     assert str(caught.value) == f"{path}: does not exist.{hint}"

@@ -92,13 +92,13 @@ BAD = [
         "length 2^60",
         (2**60).to_bytes(8, "little") + b"{}",
         "header: its length is 1152921504606846976 bytes, needs at most 100000000 (the format's "
-        "limit).",
+        "limit). Try: copy or download the file again.",
     ),
     Fails(
         "length past the end",
         b"\x09\0\0\0\0\0\0\0{}",
         "header: its length is 9 bytes, the file has only 2 after the first 8 (it is cut off, or "
-        "not a safetensors file).",
+        "not a safetensors file). Try: copy or download the file again.",
     ),
     Fails(
         "git lfs",
@@ -261,7 +261,7 @@ BAD = [
         "trailing bytes",
         raw_file({"a": U8}, b"abc"),
         "header: its tensors end at byte 70, the file has 71 bytes (nothing may follow the last "
-        "tensor).",
+        "tensor). Try: copy or download the file again.",
     ),
 ]
 

@@ -144,7 +144,7 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     assert problems_of(tmp_path) == [
         f"{INDEX}: names the file '../g.safetensors', which leaves the folder.",
         "header: its length is 0 bytes, needs at least 2 (an empty header is {}). "
-        "In 1.safetensors.",
+        "In 1.safetensors. Try: copy or download the file again.",
         f"2.safetensors: is missing, the index places 2 tensors in it. In {INDEX}. "
         "Try: fetch that file.",
         f"4.safetensors: is missing, the index places 1 tensor in it. In {INDEX}. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from lading import dtypes
@@ -99,10 +100,16 @@ def checks_report(elements: Sequence[ElementCheck], logits: LogitCheck) -> tuple
 def _logits_lines(logits: LogitCheck) -> tuple[Line, ...]:
     if not logits.compared:
         return (Line(text=f"- logits: not compared, {logits.reason}", style="yellow"),)
+    if logits.nan is not None:
+        return (Line(text=f"✗ logits: {logits.nan}", style="red"),)
     style, mark, are = ("green", "✓", "are") if logits.ok else ("red", "✗", "are not")
     against = f"transformers {logits.transformers_version}"
     return (
-        Line(text=f"{mark} logits: {logits.num_logits:,} {are} as {against} has them", style=style),
+        Line(
+            text=f"{mark} logits: {logits.num_logits:,} on {logits.num_sequences} x "
+            f"{logits.num_tokens} tokens {are} as {against} has them",
+            style=style,
+        ),
         Line(
             text=f"  at most {logits.max_abs_diff:.2g} apart in fp32; allowed "
             f"{logits.tolerance:.2g}, 1e-5 of the largest (or of 1)"
@@ -139,7 +146,11 @@ def checks_json(elements: Sequence[ElementCheck], logits: LogitCheck) -> dict[st
             "ok": logits.ok,
             "reason": logits.reason,
             "num_logits": logits.num_logits,
-            "max_abs_diff": logits.max_abs_diff,
+            "num_sequences": logits.num_sequences,
+            "num_tokens": logits.num_tokens,
+            "nan": logits.nan,
+            # JSON has no infinity, which stands for NaN on one side.
+            "max_abs_diff": logits.max_abs_diff if isfinite(logits.max_abs_diff) else None,
             "tolerance": logits.tolerance,
             "transformers_version": logits.transformers_version,
         },

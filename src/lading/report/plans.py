@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from lading import dtypes
 from lading.plan import Binding, Plan, Share, Target
+from lading.regions import Region
 from lading.report.blocks import (
     Block,
     Line,
@@ -46,14 +47,13 @@ def proof_block(plan: Plan) -> tuple[Block, ...]:
 def proof_lines(plan: Plan) -> tuple[str, str]:
     """What it says of the parameters, and what of the checkpoint."""
     parameters = _parameters(plan)
-    num_elements = sum(prod(target.layout.local_shape) for target in parameters)
     num_ranks = len(plan.shares)
     on = f" on {num_ranks} ranks" if num_ranks > 1 else f" on {plan.shares[0].ranks}"
     if plan.tp_size == 1:
         on = ""
     used, skipped = len(plan.sources), len(plan.skipped)
     return (
-        f"{num_elements * num_ranks:,} elements in {count_of(len(parameters), 'parameter')}{on}: "
+        f"{_num_elements(plan):,} elements in {count_of(len(parameters), 'parameter')}{on}: "
         "each written exactly once",
         f"{count_of(used + skipped, 'checkpoint tensor')}: {used:,} used, {skipped:,} skipped",
     )
@@ -62,6 +62,12 @@ def proof_lines(plan: Plan) -> tuple[str, str]:
 def _parameters(plan: Plan) -> tuple[Target, ...]:
     """The targets that are filled; the others are compared and not kept."""
     return tuple(target for target in plan.targets if target.expected is None)
+
+
+def _num_elements(plan: Plan) -> int:
+    """Of the parameters of all ranks that are planned for."""
+    local = sum(prod(target.layout.local_shape) for target in _parameters(plan))
+    return local * len(plan.shares)
 
 
 def plan_report(plan: Plan, *, look: Look, title: str, one_rank: bool) -> tuple[Block, ...]:
@@ -106,15 +112,23 @@ def _padding_bytes(plan: Plan, share: Share) -> int:
 
 def overview(plan: Plan, *, look: Look) -> Sections:
     """Each parameter, the checkpoint tensors of its parts, how many pieces they are cut into."""
+    kept: dict[tuple[str, object], set[Region]] = {}
+    for share in plan.shares:
+        for copy in share.copies:
+            kept.setdefault((copy.target, copy.part), set()).add(copy.source_region)
 
     def rows(target: Target, binding: Binding) -> list[Row]:
         source = plan.sources[binding.source]
+        straddles = any(cut.straddle for cut in target.layout.cuts)
+        regions = kept.get((target.name, binding.part), set())
         return [
             (
                 "" if binding.part is None else str(binding.part),
                 source.name,
                 dtypes.spell(source.dtype, source.shape),
-                _pieces(target, binding, plan.tp_size),
+                _shared_pieces(regions, plan.tp_size)
+                if straddles
+                else _pieces(target, binding, plan.tp_size),
             )
         ]
 
@@ -137,6 +151,22 @@ def _pieces(target: Target, binding: Binding, tp_size: int) -> str:
     )
 
 
+def _shared_pieces(regions: Collection[Region], tp_size: int) -> str:
+    """The same where a cut may go through an entry, which both sides then keep: 'whole',
+    '2 pieces, shared' (some entries are in both), '2 pieces, each on 4 ranks'.
+    """
+    if len(regions) < 2:
+        return "whole"
+    text = f"{len(regions)} pieces"
+    spans = [
+        (min(r.start[dim] for r in regions), max(r.start[dim] + r.size[dim] for r in regions))
+        for dim in range(len(next(iter(regions)).start))
+    ]
+    if sum(region.num_elements for region in regions) > prod(b - a for a, b in spans):
+        return f"{text}, shared"
+    return text if len(regions) == tp_size else f"{text}, each on {tp_size // len(regions)} ranks"
+
+
 def where(plan: Plan, *, look: Look) -> Sections:
     """Each part of each parameter, by rank: region of the checkpoint tensor, of the parameter."""
     copies: dict[tuple[str, object], list[tuple[int, str, str]]] = {}
@@ -146,6 +176,11 @@ def where(plan: Plan, *, look: Look) -> Sections:
                 (share.ranks.tp_rank, str(copy.source_region), str(copy.target_region))
             )
 
+    padded: dict[str, list[int]] = {}
+    for share in plan.shares:
+        for name in dict.fromkeys(fill.target for fill in share.fills):
+            padded.setdefault(name, []).append(share.ranks.tp_rank)
+
     def rows(target: Target, binding: Binding) -> list[Row]:
         alike: dict[tuple[str, str], list[int]] = {}
         for rank, source, into in copies.get((target.name, binding.part), []):
@@ -154,6 +189,11 @@ def where(plan: Plan, *, look: Look) -> Sections:
         found: list[Row] = []
         for (source, into), ranks in alike.items():
             found.append((part, binding.source, _spell_ranks(ranks), source, into))
+        if target.name in padded:
+            held = {rank for ranks in alike.values() for rank in ranks}
+            empty = [rank for rank in padded[target.name] if rank not in held]
+            if empty:
+                found.append((part, binding.source, _spell_ranks(empty), "nothing", "padding only"))
         return found
 
     heads = ("part", "checkpoint tensor", "rank", "takes", "puts it at")
@@ -258,7 +298,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "tp_size": plan.tp_size,
         "num_parameters": len(_parameters(plan)),
-        "num_elements": sum(prod(target.layout.local_shape) for target in _parameters(plan)),
+        "num_elements": _num_elements(plan),
         "parameter_bytes": plan.parameter_bytes(),
         "checkpoint_bytes": plan.checkpoint_bytes(),
         "num_tensors_used": len(plan.sources),
