@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,7 +129,9 @@ def test_one_error_of_all_ranks() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_the_command_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_the_command_ends_all_ranks(
+    tmp_path: Path, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     code = (
@@ -143,8 +146,8 @@ def test_a_signal_to_the_command_ends_all_ranks(tmp_path: Path, number: signal.S
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # short: a socket goes there
+    request.addfinalizer(lambda: shutil.rmtree(temporary, ignore_errors=True))
     here = os.path.dirname(__file__)
     path = os.pathsep.join([here, *sys.path])
     process = subprocess.Popen(
@@ -157,7 +160,7 @@ def test_a_signal_to_the_command_ends_all_ranks(tmp_path: Path, number: signal.S
     deadline = time.monotonic() + 60
     while len(list(marks.iterdir())) < 2:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     if number == signal.SIGINT:  # as a terminal does
         os.killpg(process.pid, number)

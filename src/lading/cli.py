@@ -20,6 +20,7 @@ start without torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -64,6 +65,8 @@ class StraddleName(str, Enum):
     DUPLICATE = "duplicate"
     REFUSE = "refuse"
 
+
+_STREAM_ERRORS = (errno.ENOSPC, errno.EIO, errno.EPIPE, errno.EFBIG, errno.EDQUOT, errno.EBADF)
 
 _CODES = {DtypeName.BF16: "BF16", DtypeName.FP16: "F16", DtypeName.FP32: "F32"}
 
@@ -125,7 +128,7 @@ def main() -> NoReturn:
         finally:
             sys.stdout.flush()
     except OSError as error:
-        if error.filename is not None:  # of no stream
+        if error.errno not in _STREAM_ERRORS or error.filename is not None:
             raise
         sys.exit(_lost(error))
     except KeyboardInterrupt:
@@ -407,7 +410,7 @@ def _facts(path: str) -> tuple[Checkpoint, dict[str, Any], list[int] | None]:
         if found.quant_config is not None:
             counts = [f"{name} ({count} layers)" for name, count in schemes.items()]
             facts["quantised"] = "; ".join(counts)
-        sizes = list(preflight._tp_sizes(found))
+        sizes = list(preflight.tp_sizes_of(found))
     except LadingError as error:
         facts["problem"] = str(error)
     else:

@@ -21,7 +21,7 @@ from lading.plan import Plan, make_plan
 from lading.ranks import Ranks
 from lading.schemes import QuantConfig, quant_config_of
 
-__all__ = ["Preflight", "Read", "preflight", "read", "tp_sizes"]
+__all__ = ["Preflight", "Read", "preflight", "read", "tp_sizes", "tp_sizes_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +109,10 @@ def preflight(
         )
     except PlanError as error:
         if all(isinstance(problem, LayoutError) for problem in error.problems):
-            sizes = ", ".join(map(str, _tp_sizes(found)))
+            sizes = ", ".join(map(str, tp_sizes_of(found)))
             if sizes:
                 error.hint = f"TP {sizes}: there every layer divides"
-            fitting = suggest_tp(set(_tp_sizes(found)).__contains__, ranks[0].tp_size)
+            fitting = suggest_tp(set(tp_sizes_of(found)).__contains__, ranks[0].tp_size)
             for problem in error.problems:
                 problem.hint = fitting  # it knew what fits its own layer only
         raise
@@ -125,10 +125,11 @@ def tp_sizes(path: str | os.PathLike[str], up_to: int = 64) -> tuple[int, ...]:
 
     Raises a LadingError where what is stored fits no scheme.
     """
-    return _tp_sizes(read(path), up_to)
+    return tp_sizes_of(read(path), up_to)
 
 
-def _tp_sizes(found: Read, up_to: int = 64) -> tuple[int, ...]:
+def tp_sizes_of(found: Read, up_to: int = 64) -> tuple[int, ...]:
+    """`tp_sizes` of what was read already."""
     sizes = models.tp_sizes(found.config, up_to)
     if found.quant_config is None:
         return sizes
