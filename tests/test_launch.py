@@ -222,8 +222,8 @@ def _interrupt_early(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=SECONDS)
-    # Wherever in the command's own start the signal lands: its status and its word are the same, and
-    # the server of processes, which gets the signal too, says nothing.
+    # Wherever in the command's own start the signal lands, its status and its word are the same,
+    # and the server of processes, which gets the signal too, says nothing.
     assert process.returncode == 130
     assert errors.endswith("interrupted\n")
     assert "forkserver" not in errors
