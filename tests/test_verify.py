@@ -213,7 +213,7 @@ def test_without_transformers(folder: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     check = compare_logits(folder, Ranks(), (101, 24), device="cpu", group=None)
     assert check == LogitCheck(
-        compared=False, reason="transformers is not installed (pip install 'lading[verify]')"
+        compared=False, reason="transformers is not installed (pip install transformers)"
     )
 
 

@@ -540,7 +540,7 @@ def _obstacle(path: str) -> str | None:
     from importlib.util import find_spec
 
     if find_spec("transformers") is None:
-        return "transformers is not installed (pip install 'lading[verify]')"
+        return "transformers is not installed (pip install transformers)"
     if not os.path.isdir(path):
         return "transformers loads folders, and this is a file"
     return None
