@@ -288,12 +288,12 @@ def test_memory_that_is_not_contiguous(folder: Path) -> None:
 def test_under_inference_mode_and_a_default_device(folder: Path) -> None:
     with torch.inference_mode(), torch.device("meta"):
         model = Block(RANK, dtype=torch.float64)
-        lading.load(model, folder, device="cpu", staging_bytes=100)
+        lading.load(model, folder, device="cpu", limits=Limits(staging_bytes=100))
     assert same(contents(model), expected())
     assert not any(param.is_inference() for param in model.parameters())
     with torch.inference_mode():
         live = block()
-    lading.load(live, folder, staging_bytes=100)
+    lading.load(live, folder, limits=Limits(staging_bytes=100))
     assert same(contents(live), expected())
 
 
@@ -301,7 +301,7 @@ def test_under_inference_mode_and_a_default_device(folder: Path) -> None:
 @pytest.mark.parametrize("ranks", [RANK, Ranks(tp_rank=15, tp_size=16)], ids=str)
 def test_any_staging_buffer_gives_the_same(staging: int, ranks: Ranks, folder: Path) -> None:
     model = on_meta(ranks, dtype=torch.float32)  # cast: nothing is read straight into place
-    report = lading.load(model, folder, device="cpu", staging_bytes=staging)
+    report = lading.load(model, folder, device="cpu", limits=Limits(staging_bytes=staging))
     needed = local(indices(shapes()), ranks, 16)
     assert same(contents(model), {name: t.float() for name, t in needed.items()})
     assert set(report.casts) == {(name, "F64", "F32") for name in needed}
@@ -444,7 +444,7 @@ def test_twins_that_differ(staging: int, tmp_path: Path) -> None:
     model = Tied(Ranks(tp_rank=1, tp_size=3))
     before = contents(model)
     with pytest.raises(ConflictError) as caught:
-        lading.load(model, folder, staging_bytes=staging)
+        lading.load(model, folder, limits=Limits(staging_bytes=staging))
     where = "[20:21, 3:4]" if staging == 8 else "[16:32, 0:6]"
     assert str(caught.value) == (
         "embed.weight: is tied, but checkpoint tensors 'embed.weight' and 'head.weight' differ "
@@ -582,7 +582,7 @@ def test_torch_files(tmp_path: Path) -> None:
     torch.save(full, tmp_path / "pytorch_model.bin")
     for dtype in (torch.float64, torch.float32):
         model = on_meta(RANK, dtype=dtype)
-        lading.load(model, tmp_path, device="cpu", staging_bytes=200)
+        lading.load(model, tmp_path, device="cpu", limits=Limits(staging_bytes=200))
         needed = local(full, RANK, 16)
         assert same(contents(model), {name: t.to(dtype) for name, t in needed.items()})
 
@@ -591,7 +591,7 @@ def test_torch_files(tmp_path: Path) -> None:
 def test_any_number_of_threads(threads: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     model = meta()
-    lading.load(model, folder, device="cpu", staging_bytes=64)
+    lading.load(model, folder, device="cpu", limits=Limits(staging_bytes=64))
     assert same(contents(model), expected())
 
 
@@ -610,8 +610,8 @@ def test_weights_that_are_updated(folder: Path, tmp_path: Path) -> None:
 
 def test_calls_that_cannot_be_meant(folder: Path) -> None:
     with pytest.raises(CallError) as caught:
-        lading.load(meta(), folder, staging_bytes=0)
-    assert str(caught.value) == "load: staging_bytes is 0, needs at least 1."
+        Limits(staging_bytes=0)
+    assert str(caught.value) == "Limits: staging_bytes is 0, needs an int of at least 1."
     assert refused(meta(), folder, device="meta") == "device: is meta, needs one that has memory."
     assert refused(meta(), folder, device="gpu").startswith(
         "device: is 'gpu', needs a device of torch (Expected one of cpu, cuda,"

@@ -154,3 +154,38 @@ def test_two_processes(tmp_path: Path) -> None:
             "other": f"group: the process group says rank {rank} of 2, needs rank {other} of 2.",
             "left": Ranks(),
         }
+
+
+# ------------------------------------------------------------------------- messages between ranks
+
+
+def sends_around(place: Ranks) -> tuple[object, bool, bool, list[int], list[int]]:
+    """Each rank sends its number to the next, and to the one after it another."""
+    group, found = ranks_module.meeting(None)
+    assert group is not None
+    right, left = (place.tp_rank + 1) % 3, (place.tp_rank - 1) % 3
+    sends = {
+        right: torch.full((5,), place.tp_rank, dtype=torch.uint8),
+        left: torch.full((2,), 100 + place.tp_rank, dtype=torch.uint8),
+    }
+    receives = {
+        right: torch.zeros(2, dtype=torch.uint8),
+        left: torch.zeros(5, dtype=torch.uint8),
+    }
+    ranks_module.send_and_receive(sends, receives, group)
+    ranks_module.send_and_receive({}, {}, group)
+    carries = [ranks_module.carries(group, kind) for kind in ("cpu", "cuda")]
+    return found, carries[0], carries[1], receives[left].tolist(), receives[right].tolist()
+
+
+def test_send_and_receive() -> None:
+    found = launch.run_ranks(sends_around, 3)
+    for rank, (place, on_cpu, on_gpu, left, right) in enumerate(found):
+        assert place == Ranks(tp_rank=rank, tp_size=3)
+        assert (on_cpu, on_gpu) == (True, False), "gloo is for the CPU"
+        assert left == [(rank - 1) % 3] * 5
+        assert right == [100 + (rank + 1) % 3] * 2
+
+
+def test_a_process_that_meets_nobody() -> None:
+    assert ranks_module.meeting(None) == (None, Ranks())

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lading.regions import Copy, Region, cover, merge, reordered
+from lading.regions import Copy, Region, cover, merge, partition, reordered
 
 from .oracles import copies, index_of, numbered, positions, regions, run, shapes, take
 
@@ -538,3 +538,44 @@ def test_merge_forgets_the_part_where_parts_are_joined() -> None:
     (joined,) = merge([rows(2, 4, 0, "q"), rows(4, 7, 2, "k")])
     assert joined.part is None
     assert joined.source_region == Region.box((12, 5), [(2, 7), (0, 5)])
+
+
+# --------------------------------------------------------------------------------------- partition
+
+
+@st.composite
+def many(draw: Callable[..., Any]) -> tuple[tuple[int, ...], list[Region]]:
+    shape = draw(shapes())
+    return shape, draw(st.lists(regions(shape), max_size=5))
+
+
+@FEW
+@given(many())
+def test_partition(drawn: tuple[tuple[int, ...], list[Region]]) -> None:
+    """Each element's box names exactly the regions that have the element."""
+    shape, of = drawn
+    having: dict[int, list[int]] = {}
+    for number, one in enumerate(of):
+        for position in positions(one):
+            having.setdefault(position, []).append(number)
+    found: dict[int, list[int]] = {}
+    for box, inside in partition(shape, of):
+        assert box.shape == shape
+        for position in positions(box):
+            assert position not in found, "boxes are disjoint"
+            found[position] = list(inside)
+    assert found == having
+
+
+def test_partition_of_ranks_that_share() -> None:
+    rows = [region((8, 3), (start, size, 1), (0, 3, 1)) for start, size in ((0, 4), (2, 4), (2, 4))]
+    assert [(str(box), inside) for box, inside in partition((8, 3), rows)] == [
+        ("[0:2, 0:3]", (0,)),
+        ("[2:4, 0:3]", (0, 1, 2)),
+        ("[4:6, 0:3]", (1, 2)),
+    ]
+
+
+def test_partition_of_another_tensor() -> None:
+    with pytest.raises(ValueError, match=r"region of \[8\] in a tensor of \[9\]"):
+        partition((9,), [region((8,), (0, 4, 1))])

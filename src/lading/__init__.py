@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lading.checkpoint import Checkpoint, open_checkpoint
     from lading.decoding import dequantize
+    from lading.digest_report import DigestReport
+    from lading.digesting import digest
     from lading.errors import LadingError, PlanError
+    from lading.exporting import ExportReport, export
     from lading.loading import LoadReport, load
     from lading.names import Names, SkipRule
     from lading.nn import check_loaded, start_load
@@ -20,46 +23,71 @@ if TYPE_CHECKING:
     from lading.plan import Plan, make_plan
     from lading.pretrained import from_pretrained
     from lading.ranks import Ranks, all_ranks
+    from lading.resharding import ReshardReport, reshard
+    from lading.sharding import ShardReport, merge, reshard_files, shard
+    from lading.transport import Limits
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Checkpoint",
+    "DigestReport",
+    "ExportReport",
     "LadingError",
+    "Limits",
     "LoadReport",
     "Names",
     "Plan",
     "PlanError",
     "Ranks",
+    "ReshardReport",
+    "ShardReport",
     "SkipRule",
     "all_ranks",
     "check_loaded",
     "dequantize",
+    "digest",
+    "export",
     "from_pretrained",
     "load",
     "make_plan",
+    "merge",
     "name_parameters",
     "open_checkpoint",
+    "reshard",
+    "reshard_files",
+    "shard",
     "start_load",
 ]
 
 _HOMES = {
     "Checkpoint": "checkpoint",
+    "DigestReport": "digest_report",
+    "ExportReport": "exporting",
     "LadingError": "errors",
+    "Limits": "transport",
     "LoadReport": "loading",
     "Names": "names",
     "Plan": "plan",
     "PlanError": "errors",
     "Ranks": "ranks",
+    "ReshardReport": "resharding",
+    "ShardReport": "sharding",
     "SkipRule": "names",
     "all_ranks": "ranks",
     "check_loaded": "nn",
     "dequantize": "decoding",
+    "digest": "digesting",
+    "export": "exporting",
     "from_pretrained": "pretrained",
     "load": "loading",
     "make_plan": "plan",
+    "merge": "sharding",
     "name_parameters": "owners",
     "open_checkpoint": "checkpoint",
+    "reshard": "resharding",
+    "reshard_files": "sharding",
+    "shard": "sharding",
     "start_load": "nn",
 }
 

@@ -132,7 +132,7 @@ class Binder:
         """Binds every part of a target, or notes why it cannot be."""
         before = len(self.problems)
         found: list[list[Binding]] = []
-        for name in _stored_names(target):
+        for name in stored_names(target):
             bindings = self._look_up(target, name)
             if bindings:
                 found.append(bindings)
@@ -195,7 +195,7 @@ class Binder:
 
     def _note_missing(self, target: Target) -> None:
         parts = self.layouts[target.name].part_names
-        name = _stored_names(target)[0]
+        name = stored_names(target)[0]
         whole = self.names.whole(name)
         stored = self.names.parts(name, len(parts), target.leaf) if len(parts) > 1 else None
         if stored is None:
@@ -247,7 +247,7 @@ class Binder:
         return tuple(skipped)
 
 
-def _stored_names(target: Target) -> tuple[str, ...]:
+def stored_names(target: Target) -> tuple[str, ...]:
     """The target's names as the checkpoint spells them, before naming rules."""
     names = (target.name, *target.aliases)
     if not target.leaf:
@@ -265,7 +265,7 @@ def binding_problem(
     shape = source.storage_shape
     is_fitting = shape == needed or (shape == () and needed == (1,))
     if target.stored is not None:
-        needed = _stored_shape(target.stored, needed)
+        needed = stored_shape(target.stored, needed)
         is_fitting = shape == needed
     problem = dtypes.load_problem(source.dtype, target.dtype)
     if is_fitting and problem is None:
@@ -287,7 +287,7 @@ def binding_problem(
     )
 
 
-def _stored_shape(pattern: tuple[int, ...], needed: tuple[int, ...]) -> tuple[int, ...]:
+def stored_shape(pattern: tuple[int, ...], needed: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that a pattern with one -1 has for the elements of `needed`."""
     rest = prod(n for n in pattern if n != -1)
     return tuple(prod(needed) // rest if n == -1 else n for n in pattern)

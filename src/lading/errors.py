@@ -19,6 +19,7 @@
     ├── NotLoadedError          weights are used that were not wholly written     (a RuntimeError)
     ├── PlanError               every problem of a plan at once; `.problems` has them all
     ├── VerifyError             a loaded element differs from an independent read of the file
+    ├── DeviceError             a GPU, its driver or its memory refused           (a RuntimeError)
     └── RankError               another rank failed outside lading: which, why    (a RuntimeError)
 
 A message is `<subject>: <found>, <needed> (<why that number>). In <file>. Try: ...`. Deep code
@@ -38,6 +39,7 @@ __all__ = [
     "ConfigError",
     "ConflictError",
     "DeclarationError",
+    "DeviceError",
     "DtypeError",
     "FileError",
     "HeaderError",
@@ -210,6 +212,10 @@ class NotLoadedError(LadingError, RuntimeError):
 
 class VerifyError(LadingError):
     """A loaded element differs from an independent read of the file."""
+
+
+class DeviceError(LadingError, RuntimeError):
+    """A GPU, its driver or its memory refused."""
 
 
 class RankError(LadingError, RuntimeError):

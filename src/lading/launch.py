@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
+    from lading.exporting import ExportReport
     from lading.loading import LoadReport
     from lading.models import CausalLM
 
 __all__ = [
     "RankLoad",
+    "export_rank",
     "join_size",
     "load_rank",
     "run_ranks",
@@ -442,3 +444,23 @@ def dequantize_rank(
         straddle=straddle,
         progress=bar_of(ranks, "loading"),
     )
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def export_rank(
+    ranks: Ranks,
+    path: str,
+    dtype: str | None,
+    device: str | None,
+    out: str,
+    overwrite: bool,
+    straddle: str = "duplicate",
+) -> ExportReport:
+    """The work of each rank of `lading export`: loads, and writes its share of what it loaded."""
+    from lading.exporting import export
+    from lading.progress import bar_of
+
+    model, _ = load_model(ranks, path, dtype, device, straddle=straddle)
+    return export(model, out, ranks=ranks, overwrite=overwrite, progress=bar_of(ranks, "exporting"))

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import lcm
 
 from lading.errors import LayoutError
@@ -321,9 +322,7 @@ class Layout:
     @staticmethod
     def replicated(shape: tuple[int, ...], tp_size: int = 1) -> Layout:
         """Every rank keeps the whole tensor."""
-        return Layout(
-            cuts=tuple(Cut(axis=Axis.of(n, max_pieces=1)) for n in shape), tp_size=tp_size
-        )
+        return _replicated(tuple(shape), tp_size)
 
     def _fits(self, tp_size: int) -> bool:
         return all(cut.fits(part, tp_size) for cut in self.cuts for part in cut.axis.parts)
@@ -489,3 +488,10 @@ class Layout:
         before = cut.axis.parts[: cut.axis.parts.index(part)]
         at = sum(other.size for other in before)
         return entries(at, at, cut, -1)[0]
+
+
+@lru_cache(maxsize=1024)
+def _replicated(shape: tuple[int, ...], tp_size: int) -> Layout:
+    """One value for equal shapes: models have thousands of norms, biases and scales."""
+    cuts = tuple(Cut(axis=Axis.of(n, max_pieces=1)) for n in shape)
+    return Layout(cuts=cuts, tp_size=tp_size)

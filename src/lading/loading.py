@@ -11,10 +11,12 @@ half-way it is marked, and its forward pass refuses until a load succeeds.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +25,7 @@ from torch import nn
 
 from lading import dtypes, owners
 from lading import ranks as ranks_module
-from lading.checkpoint import Checkpoint, open_checkpoint
+from lading.checkpoint import Checkpoint
 from lading.errors import (
     CallError,
     DeclarationError,
@@ -38,12 +40,13 @@ from lading.parameter import BasevLLMParameter, PerTensorScaleParameter
 from lading.plan import Plan, Share, Target, make_plan
 from lading.ranks import Ranks
 from lading.regions import Region
-from lading.transport import DEFAULT_STAGING_BYTES, HostTransport, Moved
+from lading.sharded import open_any, reading
+from lading.transport import Limits, Moved, Transport, gpus_for
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LoadReport", "Progress", "load", "names_of", "targets_of"]
+__all__ = ["LoadReport", "Origin", "Progress", "load", "names_of", "origin_of", "targets_of"]
 
 PathLike = str | os.PathLike[str]
 
@@ -99,6 +102,34 @@ class Prepared:
     plan: Plan
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a model was filled from.
+
+    plan         of the load: this rank's share, the bindings of all
+    checkpoint   its headers; its files may be gone or changed since
+    """
+
+    plan: Plan
+    checkpoint: Checkpoint
+
+
+_origins: weakref.WeakKeyDictionary[nn.Module, Origin] = weakref.WeakKeyDictionary()
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """What `load` last filled this model from; None where it never did, or has failed since."""
+    return _origins.get(model)
+
+
+def note_origin(model: nn.Module, origin: Origin | None) -> None:
+    """What the model has from now on been filled from, when not `load` has filled it."""
+    if origin is None:
+        _origins.pop(model, None)
+    else:
+        _origins[model] = origin
+
+
 def load(
     model: nn.Module,
     path: PathLike | Checkpoint,
@@ -107,25 +138,27 @@ def load(
     group: ProcessGroup | None = None,
     device: torch.device | str | None = None,
     names: Names | None = None,
-    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Fills a model's parameters (and persistent buffers) from a checkpoint; proved, or not at all.
 
     model     built for one rank from `lading.nn` layers; other parameters are taken as replicated.
               On the meta device it gets its memory on `device`
-    path      a folder, a .safetensors file, an index, or what `open_checkpoint` returned
+    path      a folder, pre-sharded or not, a .safetensors file, an index, or what `open_checkpoint`
+              returned
     ranks     this process's rank: by default the one that the model's layers were built for
     group     over which ranks agree; the default group where it is this rank's
     device    for parameters on meta: this rank's GPU where there is one, else the CPU
+    limits    host and GPU memory that the load may use besides the parameters, and its threads
     names     naming rules; by default `packed_modules_mapping` of the model, and the usual ones
     Raises a PlanError with every problem before anything is written, the same on all ranks; a
     FileError where reading fails.
     """
-    ranks = ranks or _ranks_of(model)
+    ranks = ranks or ranks_of(model)
 
     def prepare() -> Prepared:
-        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+        checkpoint = path if isinstance(path, Checkpoint) else open_any(path)
         owners.name_parameters(model)
         _check_built_for(model, ranks)
         plan = make_plan(
@@ -141,7 +174,7 @@ def load(
         ranks=ranks,
         group=group,
         device=device,
-        staging_bytes=staging_bytes,
+        limits=limits,
         progress=progress,
     )
     return report
@@ -153,7 +186,7 @@ def run_load(
     ranks: Ranks,
     group: ProcessGroup | None,
     device: torch.device | str | None,
-    staging_bytes: int,
+    limits: Limits | None,
     progress: Progress | None,
 ) -> tuple[nn.Module, LoadReport]:
     """Prepares, agrees, executes, agrees, and only then hands the memory to the model."""
@@ -162,46 +195,64 @@ def run_load(
 
     def begin() -> tuple[torch.device, Prepared]:
         # Also what only this rank can get wrong, a GPU that is gone, say, is everyone's verdict.
-        if staging_bytes < 1:
-            raise CallError(f"staging_bytes is {staging_bytes}, needs at least 1", subject="load")
         place = place_of(device, ranks)
         if place.type == "cuda":
             torch.cuda.set_device(place)
+            gpus.begin(place)
         return place, prepare()
 
     # Under inference_mode the memory could not be written by the transport's threads.
-    with torch.inference_mode(False), ExitStack() as stack:
+    with torch.inference_mode(False), _without_collector(), ExitStack() as stack:
+        use, num_local = limits or Limits(), ranks_module.num_local(group)
+        gpus = stack.enter_context(gpus_for(use, num_local))
         place, prepared = agreed(begin, lambda done: done[1].plan.digest, group)
         model, plan = prepared.model, prepared.plan
-        share = plan.share(ranks)
 
-        def compare() -> HostTransport:
-            reader = stack.enter_context(prepared.checkpoint.reader())
-            transport = HostTransport(reader=reader, staging_bytes=staging_bytes)
-            transport.compare(plan, share)
-            return transport
+        def compare() -> tuple[Transport, Plan]:
+            todo, reader = reading(prepared.checkpoint, plan, ranks)
+            transport = Transport(
+                reader=stack.enter_context(reader), limits=use, num_local=num_local, gpus=gpus
+            )
+            transport.compare(todo, todo.share(ranks))
+            return transport, todo
 
         def execute() -> tuple[dict[str, torch.Tensor], Moved]:
             memory = {
-                name: _memory_for(tensor, place) if tensor.is_meta else tensor.detach()
+                name: memory_for(tensor, place) if tensor.is_meta else tensor.detach()
                 for name, tensor in tensors.items()
             }
-            return memory, _execute(plan, share, transport, memory, progress)
+            return memory, _execute(todo, todo.share(ranks), transport, memory, progress)
 
-        transport = agreed(compare, _no_facts, group)
+        transport, todo = agreed(compare, _no_facts, group)
         tensors = _tensors_of(model, plan)
         try:
             memory, moved = agreed(execute, _no_facts, group)
         except BaseException as error:
+            _origins.pop(model, None)
             if any(not tensor.is_meta for tensor in tensors.values()):
                 refuse_forward(model, str(error) or type(error).__name__)
             raise
-        _install(model, plan, memory)
+        install(model, plan, memory)
     allow_forward(model)
+    _origins[model] = Origin(plan=plan, checkpoint=prepared.checkpoint)
     return model, _report(plan, ranks, moved, time.perf_counter() - began)
 
 
-def _memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Planning makes many objects and no cycles: a collection in its midst walks through all that
+    torch has made, for as long as a tenth of a load, and finds nothing.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
     """Memory of a meta tensor's shape and strides.
 
     Not `empty_like`: of a meta tensor that imports sympy, a second or two in a new process.
@@ -216,7 +267,7 @@ def _no_facts(_done: object) -> None:
 def _execute(
     plan: Plan,
     share: Share,
-    transport: HostTransport,
+    transport: Transport,
     memory: Mapping[str, torch.Tensor],
     progress: Progress | None,
 ) -> Moved:
@@ -321,7 +372,7 @@ def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
     problems: list[LadingError] = []
     named: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
-    for name, tensor in _state(model):
+    for name, tensor in state_of(model):
         named.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
     layers = [(p, m) for p, m in model.named_modules() if isinstance(m, ParallelLayer)]
@@ -356,7 +407,7 @@ def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _state(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     found: list[tuple[str, torch.Tensor]] = list(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
@@ -425,7 +476,7 @@ def _check_built_for(model: nn.Module, ranks: Ranks) -> None:
             )
 
 
-def _ranks_of(model: nn.Module) -> Ranks:
+def ranks_of(model: nn.Module) -> Ranks:
     """The rank that the model's layers were built for; the current one where they do not say."""
     found = {m.ranks for m in model.modules() if isinstance(m, ParallelLayer) and m.tp_size > 1}
     if len(found) > 1:
@@ -437,21 +488,25 @@ def _ranks_of(model: nn.Module) -> Ranks:
 
 
 def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    state = dict(_state(model))
+    state = dict(state_of(model))
     return {target.name: state[target.name] for target in plan.targets if target.expected is None}
 
 
-def _install(model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor]) -> None:
+def install(model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor]) -> None:
     """Gives parameters on meta their memory, keeping each object, and notes everything as
     loaded.
     """
-    for name, tensor in _tensors_of(model, plan).items():
-        if tensor.is_meta:
-            _materialise(model, name, tensor, memory[name])
-    for tensor in _tensors_of(model, plan).values():
+    tensors = _tensors_of(model, plan)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                _materialise(model, name, tensor, memory[name])
+        tensors = _tensors_of(model, plan)
+    for tensor in tensors.values():
         if isinstance(tensor, BasevLLMParameter):
             tensor._ledger.start()
             tensor._ledger.note(tensor, Region.whole(tensor.shape))
+            tensor.stored_order = ()  # the file had its dims in the order that they have now
 
 
 def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lading import models
-from lading.checkpoint import Checkpoint, open_checkpoint
+from lading.checkpoint import Checkpoint
 from lading.errors import ConfigError, LayoutError, PlanError
 from lading.layouts import suggest_tp
 from lading.models import Declaration, ModelConfig
@@ -20,6 +20,7 @@ from lading.names import Names
 from lading.plan import Plan, make_plan
 from lading.ranks import Ranks
 from lading.schemes import QuantConfig, quant_config_of
+from lading.sharded import open_any
 
 __all__ = ["Preflight", "Read", "preflight", "read", "tp_sizes", "tp_sizes_of"]
 
@@ -62,13 +63,13 @@ class Preflight:
 def read(
     path: str | os.PathLike[str], *, dtype: str | None = None, straddle: str = "duplicate"
 ) -> Read:
-    """Headers and config.json of a folder; no payload.
+    """Headers and config.json of a folder, pre-sharded or not; no payload.
 
     dtype      of the parameters, in place of the declared one
     straddle   "duplicate" or "refuse": for scale blocks that a cut goes through
     Raises a FileError, ConfigError, or a PlanError with every problem.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_any(path)
     if checkpoint.config is None:
         raise ConfigError(
             "is missing, needs one beside the weights (it says which model this is)",

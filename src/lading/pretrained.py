@@ -12,7 +12,7 @@ from lading.errors import CallError
 from lading.loading import PathLike, Prepared, Progress, run_load
 from lading.preflight import preflight
 from lading.ranks import Ranks
-from lading.transport import DEFAULT_STAGING_BYTES
+from lading.transport import Limits
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,7 +30,7 @@ def from_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     straddle: str = "duplicate",
-    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> models.CausalLM:
     """A ready model of this rank from a Hugging Face checkpoint folder.
@@ -58,7 +58,7 @@ def from_pretrained(
         device=device,
         dtype=dtype,
         straddle=straddle,
-        staging_bytes=staging_bytes,
+        limits=limits,
         progress=progress,
     )
     vars(model)["load_report"] = report
@@ -73,7 +73,7 @@ def load_pretrained(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     straddle: str = "duplicate",
-    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> tuple[models.CausalLM, LoadReport]:
     """`from_pretrained` for a known rank, with the report of what was done."""
@@ -82,7 +82,7 @@ def load_pretrained(
         ranks=ranks,
         group=group,
         device=device,
-        staging_bytes=staging_bytes,
+        limits=limits,
         progress=progress,
     )
     assert isinstance(model, models.CausalLM), "prepare_pretrained builds a CausalLM"

@@ -5,14 +5,15 @@ Everything else takes `Ranks` as an argument. The drop-in constructors of `ladin
 none.
 
 The collectives that lading needs stand here too, so that torch.distributed is imported by one file:
-`exchange` (every rank's verdict, for loading), `all_reduce` and `all_gather` (for forward passes).
+`exchange` (every rank's verdict, for loading), `send_and_receive` (for resharding), `all_reduce`
+and `all_gather` (for forward passes).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -170,6 +171,19 @@ def group_of(ranks: Ranks, group: ProcessGroup | None) -> ProcessGroup | None:
     return dist.group.WORLD
 
 
+def num_local(group: ProcessGroup | None) -> int:
+    """How many ranks of the group run on this host: LOCAL_WORLD_SIZE, which torchrun sets, else all
+    of them.
+    """
+    if group is None:
+        return 1
+    import torch.distributed as dist
+
+    size = dist.get_world_size(group)
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(size, int(told)) if told.isdecimal() and int(told) else size
+
+
 def exchange(value: Any, group: ProcessGroup | None) -> list[Any]:
     """Every rank's value, in rank order; the one collective that loading calls to reach a verdict.
 
@@ -182,6 +196,50 @@ def exchange(value: Any, group: ProcessGroup | None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def meeting(group: ProcessGroup | None) -> tuple[ProcessGroup | None, Ranks]:
+    """The group in which processes meet that are no ranks of one model, and this one's place in it.
+
+    With none given it is the default one. The group is None where this process is alone.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return None, Ranks()
+    size = dist.get_world_size(group)
+    if size < 2:
+        return None, Ranks()
+    return group or dist.group.WORLD, Ranks(tp_rank=dist.get_rank(group), tp_size=size)
+
+
+def carries(group: ProcessGroup, device_type: str) -> bool:
+    """Whether the group sends tensors in "cpu" or "cuda" memory: gloo the one, NCCL the other."""
+    import torch.distributed as dist
+
+    backends = dist.get_backend_config(group)
+    found = dict(pair.split(":", 1) for pair in backends.split(",") if ":" in pair)
+    backend = found.get(device_type, backends)
+    return ("nccl" in backend) == (device_type == "cuda")
+
+
+def send_and_receive(
+    sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor], group: ProcessGroup
+) -> None:
+    """One message to and from each of these ranks of the group; returns when all have arrived.
+
+    Both ends name one another in the same call, and their tensors have equal sizes. With NCCL it is
+    the current stream that waits.
+    """
+    import torch.distributed as dist
+
+    operations = [
+        dist.P2POp(what, tensor, dist.get_global_rank(group, peer), group)
+        for what, tensors in ((dist.isend, sends), (dist.irecv, receives))
+        for peer, tensor in tensors.items()
+    ]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
 
 
 def _needs_group(tensor: torch.Tensor, ranks: Ranks, group: ProcessGroup | None) -> ProcessGroup:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from lading.loading import Progress
+    from lading.model_digests import DigestCheck
     from lading.models import CausalLM
 
 __all__ = [
@@ -143,11 +144,12 @@ class LogitCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankCheck:
-    """All that one rank of `lading verify` did."""
+    """All that one rank of `lading verify` did; `digests` only where that was asked for."""
 
     load: RankLoad
     elements: ElementCheck
     logits: LogitCheck
+    digests: DigestCheck | None = None
 
 
 def verify_rank(
@@ -156,11 +158,13 @@ def verify_rank(
     dtype: str | None,
     device: str | None,
     logits: bool | None,
+    digest: bool = False,
     straddle: str = "duplicate",
 ) -> RankCheck:
     """The work of each rank of `lading verify`: load, compare elements, compare logits.
 
     logits     True = must be compared, False = not, None = where it can be done
+    digest     compare the digest of each region too (this one takes regions from the plan)
     straddle   "duplicate" or "refuse": scales whose group a cut goes through
     """
     from lading import progress
@@ -172,6 +176,14 @@ def verify_rank(
     check_all = partial(verify, path, model, ranks, names=names, progress=bar)
     elements = _together(check_all, group)
     del check_all
+    digests = None
+    if digest:
+        from lading.model_digests import check_digests
+
+        bar = progress.bar_of(ranks, "comparing digests")
+        compare = partial(check_digests, model, path, ranks, names=names, progress=bar)
+        digests = _together(compare, group)
+        del compare
     config, quantised = model.config, _is_quantised(model)
     del model
     if logits is False:
@@ -189,7 +201,7 @@ def verify_rank(
         check = compare_logits(path, ranks, limits, device=device, group=group, straddle=straddle)
         if logits and not check.compared:
             raise CallError(f"cannot be compared: {check.reason}", subject="logits")
-    return RankCheck(load=loaded, elements=elements, logits=check)
+    return RankCheck(load=loaded, elements=elements, logits=check, digests=digests)
 
 
 def _is_quantised(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """The one place that writes into parameters.
 
-Three ways in: `write` copies a tensor into a region of a parameter, `fill` zeroes declared padding,
-`memory` hands out the bytes of a contiguous region so that a file can be read straight into them.
-Nobody else calls `copy_`, `fill_` or takes a writable view of a parameter.
+Ways in: `write` copies a tensor into a region of a parameter, `fill` zeroes declared padding, `memory`
+hands out the bytes of a contiguous region so that a file can be read straight into them, `address`
+says where a parameter's memory begins. Nobody else calls `copy_`, `fill_` or asks for an address.
 
 Regions are in the parameter's own local coordinates, possibly of a reshaped view of it.
 """
@@ -17,7 +17,7 @@ from lading import dtypes
 from lading.errors import DtypeError
 from lading.regions import Copy, Region
 
-__all__ = ["check_dtypes", "check_values", "fill", "memory", "same_bits", "view_of", "write"]
+__all__ = ["address", "check_dtypes", "check_values", "fill", "memory", "same_bits", "view_of", "write"]
 
 
 def view_of(tensor: torch.Tensor, region: Region) -> torch.Tensor:
@@ -69,6 +69,13 @@ def memory(target: torch.Tensor, region: Region) -> memoryview | None:
     flat = view.detach().reshape(-1).view(torch.uint8)
     array: Any = flat.numpy()  # its stubs declare no buffer
     return memoryview(array).cast("B") if flat.numel() else memoryview(bytearray())
+
+
+def address(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's memory begins, for engines that write whole runs; None where its elements
+    are not row-major without gaps.
+    """
+    return tensor.data_ptr() if tensor.is_contiguous() else None
 
 
 def check_dtypes(source: torch.dtype, target: torch.dtype) -> None:

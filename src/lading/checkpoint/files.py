@@ -1,7 +1,8 @@
-"""Every file that lading opens is opened here (a test reads the sources and holds us to it).
+"""Every file that lading reads is opened here, and every file that it writes in `writers` (a test
+reads the sources and holds us to it).
 
-What lives here: whole small files (JSON, headers), `ByteReader` for the payload, torch's own files,
-and the few writers that other rooms need. What the bytes mean is not known here. An error of the
+What lives here: whole small files (JSON, headers), `ByteReader` for the payload, torch's own files.
+What the bytes mean is not known here. An error of the
 operating system becomes a FileError with the system's own words and the file as its subject.
 """
 
@@ -10,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from types import TracebackType
@@ -31,19 +31,18 @@ from lading.errors import (
 
 __all__ = [
     "ByteReader",
-    "check_output",
-    "copy_file",
     "file_size",
     "list_folder",
     "load_torch_file",
     "read_header",
+    "read_header_bytes",
     "read_json",
-    "write_json",
 ]
 
 Path = str | os.PathLike[str]
 
 _MIB = 1 << 20
+_O_DIRECT: int = vars(os).get("O_DIRECT", 0)  # Linux has it
 _MAX_CALL_BYTES = 1 << 30  # one preadv moves at most 2^31 - 4096 bytes on Linux; macOS refuses more
 
 
@@ -87,6 +86,17 @@ def read_header(path: Path, *, name: str | None = None) -> Header:
 
     Raises FileError, or HeaderError with `name` (the path unless given) as its file.
     """
+    return _read_header(path, name)[1]
+
+
+def read_header_bytes(path: Path, *, name: str | None = None) -> tuple[bytes, Header]:
+    """The first bytes of a safetensors file as they are (its length and its header), and the
+    checked header in them. Raises as `read_header` does.
+    """
+    return _read_header(path, name)
+
+
+def _read_header(path: Path, name: str | None) -> tuple[bytes, Header]:
     name = os.fspath(path) if name is None else name
     with _opened(path, name) as (fd, size):
         prefix = bytearray(min(PREFIX_BYTES, size))
@@ -94,7 +104,7 @@ def read_header(path: Path, *, name: str | None = None) -> Header:
         try:
             raw = bytearray(header_length(bytes(prefix), size))
             _read_exact(fd, memoryview(raw), PREFIX_BYTES, name, size)
-            return parse_header(bytes(raw), size)
+            return bytes(prefix + raw), parse_header(bytes(raw), size)
         except HeaderError as error:
             error.located(file=name)
             raise
@@ -116,6 +126,7 @@ class ByteReader:
         self.bytes_read = 0
         self._file_bytes = dict(file_bytes)
         self._fds: dict[str, int] = {}
+        self._direct_fds: dict[str, int] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -132,12 +143,50 @@ class ByteReader:
         with self._lock:
             self.bytes_read += view.nbytes
 
+    def descriptor(self, file: str) -> int:
+        """The open file, for reads at offsets. Raises as `read_into` does."""
+        fd = self._fds.get(file)
+        return self._open(file) if fd is None else fd
+
+    def direct_descriptor(self, file: str) -> int:
+        """The file opened for reads past the page cache; -1 where the system has no such reads."""
+        self.descriptor(file)  # it is there, and what it was
+        with self._lock:
+            if file not in self._direct_fds:
+                flags = os.O_RDONLY | os.O_CLOEXEC | _O_DIRECT
+                try:
+                    fd = os.open(os.path.join(self.folder, file), flags) if _O_DIRECT else -1
+                except OSError:
+                    fd = -1
+                if fd >= 0 and not os.path.sameopenfile(fd, self._fds[file]):
+                    os.close(fd)  # another file has been put in its place meanwhile
+                    fd = -1
+                self._direct_fds[file] = fd
+            return self._direct_fds[file]
+
+    def file_bytes(self, file: str) -> int:
+        """The size that the file had when its header was read."""
+        return self._file_bytes[file]
+
+    def will_need(self, file: str, offset: int, num_bytes: int) -> None:
+        """Asks the system to have these bytes in its page cache soon."""
+        if "posix_fadvise" in dir(os):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.descriptor(file), offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def count(self, num_bytes: int) -> None:
+        """Notes bytes that were read from a descriptor."""
+        with self._lock:
+            self.bytes_read += num_bytes
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for fd in self._fds.values():
-                os.close(fd)
+            for fd in (*self._fds.values(), *self._direct_fds.values()):
+                if fd >= 0:
+                    os.close(fd)
             self._fds.clear()
+            self._direct_fds.clear()
 
     def __enter__(self) -> ByteReader:
         return self
@@ -205,7 +254,7 @@ def list_folder(path: Path) -> tuple[str, ...]:
     try:
         return tuple(sorted(os.listdir(path)))
     except (OSError, ValueError) as error:
-        raise _os_error("listed", error, os.fspath(path)) from error
+        raise os_error("listed", error, os.fspath(path)) from error
 
 
 def file_size(path: Path) -> int | None:
@@ -214,131 +263,6 @@ def file_size(path: Path) -> int | None:
         return os.stat(path).st_size
     except (OSError, ValueError):
         return None
-
-
-def check_output(path: Path, *, inputs: Sequence[str] = ()) -> None:
-    """Whether a file can be made at `path` without harm: called before any work is done for it.
-
-    inputs   files that are read for it, and so may not be replaced by it
-    Raises FileError where its folder is missing, or it is there and is no regular file (a folder,
-    a device), or is one of `inputs`.
-    """
-    name = os.fspath(path)
-    folder = os.path.dirname(os.path.abspath(name))
-    if not os.path.isdir(folder):
-        raise FileError(f"cannot be written: there is no folder {folder}", subject=name)
-    try:
-        status = os.stat(name)
-    except (OSError, ValueError):
-        return
-    if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"is {_kind(status.st_mode)}, needs a file or nothing there", subject=name)
-    for other in inputs:
-        with contextlib.suppress(OSError, ValueError):
-            if os.path.samestat(status, os.stat(other)):
-                fact = "is one of the checkpoint's own files, needs another name"
-                raise FileError(fact, subject=name)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file; readers see the old one or the new one, never half. Raises FileError."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-    def write(temporary: str) -> None:
-        with open(temporary, "x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    _replace(os.fspath(path), write)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies the bytes of a file; `target` is the old one or the new one, never half.
-
-    Raises FileError.
-    """
-    _replace(os.fspath(target), lambda temporary: shutil.copyfile(source, temporary))
-
-
-class FileWriter:
-    """Writes bytes at offsets of a file that several processes fill together.
-
-    One of them calls `create`, each opens it and writes its own ranges, and when all are done one
-    calls `publish`: only then does the file have its name.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._name = os.path.basename(path)
-        try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _os_error("opened for writing", error, self._name) from None
-
-    @staticmethod
-    def create(path: str, num_bytes: int) -> FileWriter:
-        """A new file of this size; what an earlier attempt left under the name goes."""
-        name = os.path.basename(path)
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            os.ftruncate(fd, num_bytes)
-            os.close(fd)
-        except OSError as error:
-            raise _os_error("created", error, name) from None
-        return FileWriter(path)
-
-    @staticmethod
-    def publish(path: str, name: str) -> None:
-        """Gives a complete file its name, in place of what has it."""
-        try:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(path, name)
-        except OSError as error:
-            raise _os_error("renamed", error, os.path.basename(name)) from None
-
-    @staticmethod
-    def discard(path: str) -> None:
-        """Removes what a failed attempt left, if anything."""
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """All of `data` at byte `offset`."""
-        view = memoryview(data)
-        try:
-            while view.nbytes:
-                written = os.pwrite(self._fd, view, offset)
-                view, offset = view[written:], offset + written
-        except OSError as error:
-            raise _os_error("written", error, self._name) from None
-
-    def __enter__(self) -> FileWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._fd)
-
-
-def _replace(path: str, write: Callable[[str], object]) -> None:
-    check_output(path)
-    # In the same folder, because a rename is atomic only within one file system.
-    temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    try:
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
-    except (OSError, shutil.Error) as error:
-        raise _os_error("written", error, path) from error
 
 
 @contextmanager
@@ -356,15 +280,15 @@ def _open(path: Path, name: str) -> tuple[int, int]:
         # Without O_NONBLOCK a named pipe would wait here for its writer; files do not notice it.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # ValueError: NUL or a surrogate in the name
-        raise _os_error("opened", error, name) from error
+        raise os_error("opened", error, name) from error
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        raise FileError(f"is {_kind(status.st_mode)}, needs a file", subject=name)
+        raise FileError(f"is {kind_of(status.st_mode)}, needs a file", subject=name)
     return fd, status.st_size
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
     return "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
 
 
@@ -375,14 +299,24 @@ def _read_exact(fd: int, view: memoryview, offset: int, name: str, file_bytes: i
         try:
             count = os.preadv(fd, [view[done : done + _MAX_CALL_BYTES]], offset + done)
         except OSError as error:
-            raise _os_error(f"read at offset {offset + done}", error, name) from error
+            raise os_error(f"read at offset {offset + done}", error, name) from error
         if count == 0:
-            raise FileError(
-                f"needs {view.nbytes} bytes at offset {offset}, the file ended after {done} "
-                f"(it was {file_bytes} bytes when the plan was made)",
-                subject=name,
-            )
+            raise ended(name, view.nbytes, offset, done, file_bytes)
         done += count
+
+
+def ended(name: str, wanted: int, offset: int, got: int, file_bytes: int) -> FileError:
+    """What to say of a file that is shorter than it was: `got` of `wanted` bytes came."""
+    return FileError(
+        f"needs {wanted} bytes at offset {offset}, the file ended after {got} "
+        f"(it was {file_bytes} bytes when the plan was made)",
+        subject=name,
+    )
+
+
+def read_problem(name: str, code: int, offset: int) -> FileError:
+    """What to say of a read that the operating system refused with this errno."""
+    return os_error(f"read at offset {offset}", OSError(code, os.strerror(code)), name)
 
 
 def _without_conflict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -402,6 +336,6 @@ def _changed(name: str, size: int, planned: int) -> FileError:
     return FileError(fact, subject=name, hint="plan again")
 
 
-def _os_error(verb: str, error: OSError | ValueError, name: str) -> FileError:
+def os_error(verb: str, error: OSError | ValueError, name: str) -> FileError:
     words = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return FileError(f"cannot be {verb}: {words}", subject=name)

@@ -23,6 +23,9 @@ from lading.errors import FileError, IndexFileError, LadingError
 __all__ = ["Entry", "find_entry", "is_safetensors", "parse_weight_map"]
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+PRE_SHARDED = "lading.json"
+"""The manifest of a pre-sharded folder (`lading.manifest`), whose files are no whole tensors."""
+
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})", re.ASCII)
 _WANTED = (
     "needs model.safetensors.index.json, model.safetensors, a complete set of "
@@ -136,6 +139,9 @@ def _name_problem(file: str) -> str | None:
 
 def _entry_of_folder(folder: str, shown: str) -> Entry:
     names = list_folder(folder)
+    if PRE_SHARDED in names:
+        fact = f"is a pre-sharded folder ({PRE_SHARDED} is there), needs the original checkpoint"
+        raise FileError(fact, subject=shown, hint=f"lading merge {shown} --out DIR")
     stems = _stems(names, ".safetensors")
     if "model" in stems:
         return _entry_of_stem(folder, shown, stems["model"])

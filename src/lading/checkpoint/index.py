@@ -15,6 +15,7 @@ from typing import Any
 from lading.checkpoint.files import file_size, read_header, read_json
 from lading.checkpoint.folder import Entry, find_entry, is_safetensors, parse_weight_map
 from lading.checkpoint.sources import Checkpoint, Source
+from lading.collecting import uncollected
 from lading.errors import (
     CheckpointError,
     ConfigError,
@@ -36,6 +37,7 @@ class _Contents:
     metadata: Mapping[str, str]
 
 
+@uncollected
 def open_checkpoint(path: str | os.PathLike[str], *, with_config: bool = True) -> Checkpoint:
     """The checkpoint at a folder, a weight file (.safetensors, .bin) or an .index.json.
 

@@ -7,7 +7,7 @@ from the beginning of its file; offsets given to a reader count from the beginni
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -52,6 +52,10 @@ class Reader(Protocol):
     def read_into(self, source: Source, offset_bytes: int, buffer: memoryview) -> None:
         """Fills `buffer` from byte `offset_bytes` of the tensor on. Raises FileError."""
 
+    @property
+    def files(self) -> ByteReader | None:
+        """The files themselves, where a tensor's bytes lie at its own offset; None elsewhere."""
+
     def close(self) -> None: ...
 
     def __enter__(self) -> Reader: ...
@@ -64,6 +68,13 @@ class Reader(Protocol):
     ) -> None: ...
 
 
+class Server(Protocol):
+    """Has the tensors' bytes where they are not in files of their own."""
+
+    def reader(self) -> Reader:
+        """A reader of the tensors' bytes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """What is on disk, checked: every tensor is whole, in one file, and where the index says.
@@ -73,6 +84,7 @@ class Checkpoint:
     file_bytes   the size of each file that has tensors
     metadata     the `__metadata__` of each file; empty for torch files
     config       config.json, None where there is none
+    served_by    what has the bytes where `folder` has other files than these: a pre-sharded folder
     """
 
     folder: str
@@ -81,9 +93,12 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]]
     config: Mapping[str, Any] | None
     format: Literal["safetensors", "torch"]
+    served_by: Server | None = field(default=None, compare=False)
 
     def reader(self) -> Reader:
         """A reader of the tensors' bytes: `with checkpoint.reader() as reader: ...`."""
+        if self.served_by is not None:
+            return self.served_by.reader()
         if self.format == "safetensors":
             return SafetensorsReader(self.folder, self.file_bytes)
         from lading.checkpoint.torch_files import TorchReader
@@ -100,6 +115,10 @@ class SafetensorsReader:
     @property
     def bytes_read(self) -> int:
         return self._bytes.bytes_read
+
+    @property
+    def files(self) -> ByteReader:
+        return self._bytes
 
     def read_into(self, source: Source, offset_bytes: int, buffer: memoryview) -> None:
         check_range(source, offset_bytes, buffer)

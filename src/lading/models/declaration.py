@@ -28,6 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lading import dtypes
+from lading.collecting import uncollected
 from lading.errors import CallError, LadingError, LayoutError, PlanError
 from lading.layers import Layer
 from lading.layouts import Layout
@@ -134,6 +135,7 @@ def _experts(experts: ExpertsConfig, hidden: int) -> list[Entry]:
     return entries
 
 
+@uncollected
 def targets(
     declaration: Declaration,
     tp_size: int,

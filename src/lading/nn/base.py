@@ -32,7 +32,14 @@ from lading.specs import TensorSpec, dense_specs
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LayerLoader", "LoadableModule", "ParallelLayer", "check_loaded", "start_load"]
+__all__ = [
+    "LayerLoader",
+    "LoadableModule",
+    "ParallelLayer",
+    "check_loaded",
+    "check_usable",
+    "start_load",
+]
 
 
 class LoadableModule(nn.Module):
@@ -364,6 +371,16 @@ def check_loaded(model: nn.Module) -> None:
     that no load has touched it cannot know whether its caller has filled it some other way. Only
     this call takes it for missing.
     """
+    check_usable(model)
+    for name, param in model.named_parameters():
+        if isinstance(param, BasevLLMParameter):
+            if not param._ledger.is_begun:
+                raise NotLoadedError("was never loaded, needs to be", subject=name)
+            _require_complete(param)
+
+
+def check_usable(model: nn.Module) -> None:
+    """Raises a NotLoadedError where a load has failed half-way, or weights have no memory yet."""
     owners.name_parameters(model)
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
@@ -372,10 +389,6 @@ def check_loaded(model: nn.Module) -> None:
     for name, param in model.named_parameters():
         if param.device.type == "meta":
             raise NotLoadedError("has no memory yet (it is on the meta device)", subject=name)
-        if isinstance(param, BasevLLMParameter):
-            if not param._ledger.is_begun:
-                raise NotLoadedError("was never loaded, needs to be", subject=name)
-            _require_complete(param)
 
 
 class _Refusal:

@@ -120,6 +120,8 @@ class BasevLLMParameter(Parameter):
     """What follows the module's name in the checkpoint, where that is not the parameter's own."""
     stored_shape: tuple[int, ...] | None = None
     """The checkpoint tensor's shape, where it is another view of the layout's elements."""
+    stored_order: tuple[int, ...] = ()
+    """Which dim of the stored form each dim is, once `permute_param_layout_` has permuted them."""
     _stamp: tuple[int, int, bool]
     _overwritten: frozenset[str]
 

@@ -43,6 +43,8 @@ def permute_param_layout_(
         param._ledger.permute(param, order)
         if param.tp_layout is not None:
             param.tp_layout = param.tp_layout.permuted(order)
+        before = param.stored_order or tuple(range(param.dim()))
+        param.stored_order = tuple(before[dim] for dim in order)
     else:
         param.data = param.data.permute(*order)
     for key, dim in (("input_dim", input_dim), ("output_dim", output_dim), ("packed_dim", goes_to)):

@@ -21,6 +21,15 @@ from lading.report.blocks import (
     render,
     spell_bytes,
 )
+from lading.report.digests import (
+    differences_report,
+    digest_checks_json,
+    digest_checks_report,
+    digest_report,
+    digest_summary,
+)
+from lading.report.explained import explain_json, explain_report
+from lading.report.exports import export_json, export_report
 from lading.report.files import inspect_json, inspect_report
 from lading.report.folding import fold
 from lading.report.loads import checks_json, checks_report, load_json, load_report, speed
@@ -45,6 +54,15 @@ __all__ = [
     "Table",
     "checks_json",
     "checks_report",
+    "differences_report",
+    "digest_checks_json",
+    "digest_checks_report",
+    "digest_report",
+    "digest_summary",
+    "explain_json",
+    "explain_report",
+    "export_json",
+    "export_report",
     "fold",
     "indented",
     "inspect_json",

@@ -47,6 +47,8 @@ def matching(module: str, names: tuple[str, ...]) -> str | None:
     Example: "gate", "model.layers.0", "model.layers.*.mlp" and "re:.*gate$" stand for
     model.layers.0.mlp.gate; "gate" does not stand for model.layers.0.mlp.gate_proj.
     """
+    if not names:
+        return None
     runs, patterns = _matchers(names)
     parts = module.split(".")
     ends = range(1, len(parts) + 1)

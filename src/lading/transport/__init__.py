@@ -1,5 +1,6 @@
 """From the bytes of a checkpoint into parameters."""
 
 from lading.transport.host import DEFAULT_STAGING_BYTES, HostTransport, Moved
+from lading.transport.moving import Limits, Transport, gpus_for
 
-__all__ = ["DEFAULT_STAGING_BYTES", "HostTransport", "Moved"]
+__all__ = ["DEFAULT_STAGING_BYTES", "HostTransport", "Limits", "Moved", "Transport", "gpus_for"]

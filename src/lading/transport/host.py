@@ -82,10 +82,10 @@ class HostTransport:
         """All that can be found wrong before anything is written: files, constants, tied twins."""
         for copy in {plan.sources[copy.source].file: copy for copy in share.copies}.values():
             source = plan.sources[copy.source]
-            with _located(source, copy.target, copy.part):  # it is there, and what it was
+            with located(source, copy.target, copy.part):  # it is there, and what it was
                 self.reader.read_into(source, 0, memoryview(bytearray(min(1, source.num_bytes))))
         for check in plan.checks():
-            with _located(plan.sources[check.source], check.target, None):
+            with located(plan.sources[check.source], check.target, None):
                 self._check(plan.sources[check.source], check)
         for tie in plan.ties:
             self._compare(plan, share, tie)
@@ -101,7 +101,7 @@ class HostTransport:
         for fill in share.fills:
             with torch.inference_mode(tensors[fill.target].is_inference()):
                 writing.fill(tensors[fill.target], fill.region)
-        order = sorted(share.copies, key=lambda copy: _position(plan.sources[copy.source], copy))
+        order = sorted(share.copies, key=lambda copy: position(plan.sources[copy.source], copy))
         stop = threading.Event()
 
         def work(copy: Copy) -> None:
@@ -110,7 +110,7 @@ class HostTransport:
             source, target = plan.sources[copy.source], tensors[copy.target]
             try:
                 with (
-                    _located(source, copy.target, copy.part),
+                    located(source, copy.target, copy.part),
                     torch.inference_mode(target.is_inference()),
                 ):
                     self._copy(source, copy, target, advance)
@@ -141,7 +141,7 @@ class HostTransport:
             if memory is not None:
                 self._read_straight(source, runs.first * size, memory, advance)
                 return
-        for inner in _blocks(copy.source_region, self.staging_bytes // size):
+        for inner in blocks(copy.source_region, self.staging_bytes // size):
             values = self._block(source, copy.source_region.compose(inner), dtype)
             values = writing.permuted(values, copy)
             writing.check_values(values, target.dtype)
@@ -198,7 +198,7 @@ class HostTransport:
         whole = Region.whole((source.num_bytes // size,))
         unordered = check.constant is Constant.GROUP_INDEX  # all zeros is how some tools say it
         first: CheckpointError | None = None
-        for region in _blocks(whole, self.staging_bytes // size):
+        for region in blocks(whole, self.staging_bytes // size):
             found = self._block(source, region, dtype)
             needed = _needed_values(check, region.start[0], region.size[0]).to(found.dtype)
             wrong = torch.nonzero(found != needed)
@@ -224,11 +224,11 @@ class HostTransport:
         for copy in share.copies:
             if copy.source != tie.source:
                 continue
-            for inner in _blocks(copy.source_region, self.staging_bytes // size):
+            for inner in blocks(copy.source_region, self.staging_bytes // size):
                 region = copy.source_region.compose(inner)
-                with _located(one, copy.target, copy.part):
+                with located(one, copy.target, copy.part):
                     first = self._block(one, region, dtype).clone()
-                with _located(two, copy.target, copy.part):
+                with located(two, copy.target, copy.part):
                     second = self._block(two, region, dtype)
                 if not writing.same_bits(first, second):
                     raise ConflictError(
@@ -247,7 +247,7 @@ _REASONS = {
 
 
 @contextmanager
-def _located(source: Source, target: str, part: PartName) -> Iterator[None]:
+def located(source: Source, target: str, part: PartName) -> Iterator[None]:
     """Says in whatever is raised which parameter, checkpoint tensor and file it is about."""
     try:
         yield
@@ -280,7 +280,7 @@ def _needed_values(check: Check, start: int, size: int) -> torch.Tensor:
         return torch.zeros(size)
 
 
-def _position(source: Source, copy: Copy) -> tuple[str, int]:
+def position(source: Source, copy: Copy) -> tuple[str, int]:
     return source.file, source.offset_bytes + copy.source_region.runs().first * _element_bytes(
         source
     )
@@ -303,7 +303,7 @@ def _span(region: Region) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(region.size, _strides(region), strict=True))
 
 
-def _blocks(region: Region, limit: int) -> Iterator[Region]:
+def blocks(region: Region, limit: int) -> Iterator[Region]:
     """Cuts a region, in its own coordinates, into boxes whose span is at most `limit` elements."""
     yield from _split(region, Region.whole(region.size), max(limit, 1), 0)
 

@@ -1,0 +1,384 @@
+"""A pre-sharded folder, opened: checked files, and two ways to read it.
+
+As the original checkpoint: `Sharded.checkpoint` has the original tensors by name, and its reader
+puts any of their bytes together from the ranks' files. Whatever takes a checkpoint takes it, with
+any number of ranks.
+
+As a rank's own parameters: where a plan gives a rank exactly what its file holds, `reading` makes
+the trivial plan, file to parameters, one sequential read.
+
+No torch. Letters: T = tp_size, r = tp_rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+from lading import dtypes
+from lading.bands import Band, Shards, bytes_of, views_of
+from lading.checkpoint import (
+    Checkpoint,
+    Header,
+    Reader,
+    Source,
+    open_checkpoint,
+    read_header,
+    read_json,
+)
+from lading.checkpoint.files import file_size
+from lading.checkpoint.sources import SafetensorsReader, check_range
+from lading.errors import (
+    CheckpointError,
+    ConfigError,
+    FileError,
+    LadingError,
+    PlanError,
+    PlanFileError,
+)
+from lading.layouts import Layout
+from lading.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    REST,
+    Manifest,
+    data_bytes_of_rank,
+    header_of_rank,
+    header_of_rest,
+    manifest_from_json,
+    parse_head,
+    rank_file,
+    rest_of,
+)
+from lading.plan import Binding, Plan, Target, prove_bindings
+from lading.ranks import Ranks
+from lading.regions import Region
+
+__all__ = ["Sharded", "is_sharded", "open_any", "open_sharded", "reading"]
+
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharded:
+    """Files that hold the parameters of T ranks.
+
+    folder      absolute
+    plan        from the original checkpoint's tensors to all ranks
+    stored      by rank: where each parameter is
+    rest        where the tensors are that no rank keeps
+    file_bytes  the size of each of these files
+    manifest    None where the folder has none
+    """
+
+    folder: str
+    plan: Plan
+    stored: tuple[Mapping[str, Source], ...]
+    rest: Mapping[str, Source]
+    file_bytes: Mapping[str, int]
+    manifest: Manifest | None = None
+    config: Mapping[str, Any] | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The original checkpoint, served from the ranks' files."""
+        files = self.manifest.files if self.manifest is not None else ()
+        return Checkpoint(
+            folder=self.folder,
+            tensors=self.sources,
+            file_bytes={file.name: file.num_bytes for file in files},
+            metadata={file.name: file.parsed().metadata for file in files},
+            config=self.config,
+            format="safetensors",
+            served_by=self,
+        )
+
+    def reader(self) -> Reader:
+        """A reader of the original tensors' bytes."""
+        return ShardedReader(self)
+
+    def open_files(self) -> Reader:
+        """A reader of the ranks' own files."""
+        return SafetensorsReader(self.folder, self.file_bytes)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether this is a folder with a manifest."""
+    return file_size(os.path.join(path, MANIFEST)) is not None
+
+
+def open_any(path: Path) -> Checkpoint:
+    """What `open_checkpoint` gives; of a pre-sharded folder the original checkpoint."""
+    return open_sharded(path).checkpoint if is_sharded(path) else open_checkpoint(path)
+
+
+def open_sharded(path: Path) -> Sharded:
+    """The pre-sharded folder at `path`, its manifest proved and each file compared with it.
+
+    Headers are read, no tensor. Raises a PlanFileError for a manifest that is wrong, a PlanError
+    with every file that is missing, of another size, of another run, or lacks a tensor.
+    """
+    folder = os.path.abspath(os.fspath(path))
+    value = read_json(
+        os.path.join(folder, MANIFEST),
+        name=MANIFEST,
+        error=PlanFileError,
+        limit_bytes=MAX_MANIFEST_BYTES,
+    )
+    try:
+        manifest = manifest_from_json(value)
+    except PlanFileError as error:
+        error.located(file=MANIFEST)
+        raise
+    del value
+    problems: list[LadingError] = []
+    files = _Files(folder, manifest, problems)
+    plan, size = manifest.plan, manifest.tp_size
+    num_bytes = data_bytes_of_rank(plan)
+    heads = [header_of_rank(plan, r, manifest.id) for r in range(size)]
+    stored = [files.check(rank_file(r, size), head, num_bytes) for r, head in enumerate(heads)]
+    originals = rest_of(plan, manifest.sources)
+    rest: Mapping[str, Source] = {}
+    if originals:
+        num_bytes = sum(source.num_bytes for source in originals)
+        rest = files.check(REST, header_of_rest(originals, manifest.id), num_bytes)
+    config = files.config()
+    if problems:
+        raise PlanError(problems, what="the pre-sharded folder")
+    return Sharded(
+        folder=folder,
+        plan=plan,
+        stored=tuple(stored),
+        rest=rest,
+        file_bytes=files.file_bytes,
+        manifest=manifest,
+        config=config,
+        sources=manifest.sources,
+    )
+
+
+@dataclass(slots=True)
+class _Files:
+    """The files of a folder, compared with its manifest one after another."""
+
+    folder: str
+    manifest: Manifest
+    problems: list[LadingError]
+    file_bytes: dict[str, int] = field(default_factory=dict)
+
+    def check(self, name: str, head: bytes, num_bytes: int) -> Mapping[str, Source]:
+        """The tensors of a file that has to be this head and so many bytes; faults are noted."""
+        needed = parse_head(head, len(head) + num_bytes)
+        size = file_size(os.path.join(self.folder, name))
+        hint = "copy that file again, or shard again"
+        if size is None:
+            fact = f"is missing, {MANIFEST} needs it (tp_size is {self.manifest.tp_size})"
+            self.problems.append(FileError(fact, subject=name, hint=hint))
+            return {}
+        if size != needed.file_bytes:
+            fact = f"is {size} bytes, needs {needed.file_bytes} (as {MANIFEST} says)"
+            self.problems.append(FileError(fact, subject=name, hint=hint))
+            return {}
+        try:
+            found = read_header(os.path.join(self.folder, name), name=name)
+        except LadingError as error:
+            self.problems.append(error)
+            return {}
+        before = len(self.problems)
+        self._compare(name, found, needed)
+        if len(self.problems) > before:
+            return {}
+        self.file_bytes[name] = size
+        return {
+            tensor: Source(
+                name=tensor,
+                dtype=info.dtype,
+                shape=info.shape,
+                file=name,
+                offset_bytes=info.start,
+                num_bytes=info.num_bytes,
+            )
+            for tensor, info in found.tensors.items()
+        }
+
+    def _compare(self, name: str, found: Header, needed: Header) -> None:
+        for key, wanted in needed.metadata.items():
+            have = found.metadata.get(key)
+            if have == wanted:
+                continue
+            fact = f"its {key} is {have!r}, needs {wanted!r} (as {MANIFEST} says)"
+            if key == "lading.id":
+                fact = f"is of another run: {fact}"
+            self.problems.append(CheckpointError(fact, subject=name))
+            return
+        for tensor, info in needed.tensors.items():
+            other = found.tensors.get(tensor)
+            want = dtypes.spell(info.dtype, info.shape)
+            if other is None:
+                fact = f"is not in the file, needs to be there as {want}"
+            elif (other.dtype, other.shape) != (info.dtype, info.shape):
+                fact = f"is {dtypes.spell(other.dtype, other.shape)}, needs {want}"
+            elif other.start != info.start:
+                fact = f"begins at byte {other.start}, needs {info.start}"
+            else:
+                continue
+            fact += f" (as {MANIFEST} says)"
+            self.problems.append(CheckpointError(fact, subject=tensor, file=name))
+        for tensor in found.tensors.keys() - needed.tensors.keys():
+            fact = f"is in the file, {MANIFEST} knows no such tensor there"
+            self.problems.append(CheckpointError(fact, subject=tensor, file=name))
+
+    def config(self) -> Mapping[str, Any] | None:
+        """config.json, None where there is none."""
+        path = os.path.join(self.folder, "config.json")
+        if file_size(path) is None:
+            return None
+        try:
+            config = read_json(path, name="config.json")
+        except LadingError as error:
+            self.problems.append(error)
+            return None
+        if not isinstance(config, dict):
+            fact = f"is of type {type(config).__name__}, needs a JSON object"
+            self.problems.append(ConfigError(fact, subject="config.json"))
+            return None
+        return config
+
+
+class ShardedReader:
+    """The original tensors' bytes, put together from the ranks' files; a `Reader`."""
+
+    def __init__(self, sharded: Sharded) -> None:
+        self._sharded = sharded
+        self._views = views_of([sharded.plan])
+        self._files = SafetensorsReader(sharded.folder, sharded.file_bytes)
+        self._shards = Shards(sharded.plan, sharded.stored, self._views, reader=self._files)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._files.bytes_read
+
+    @property
+    def files(self) -> None:
+        """A tensor's bytes lie in several files."""
+        return None
+
+    def read_into(self, source: Source, offset_bytes: int, buffer: memoryview) -> None:
+        check_range(source, offset_bytes, buffer)
+        view = buffer.cast("B")
+        rest = self._sharded.rest.get(source.name)
+        if rest is not None:
+            self._files.read_into(rest, offset_bytes, view)
+            return
+        shape = self._views[source.name]
+        size = dtypes.storage_bytes(source.dtype)
+        first, last = offset_bytes // size, -(-(offset_bytes + view.nbytes) // size)
+        at = -(offset_bytes % size)  # where the first element's first byte would be in the buffer
+        for box in flat_boxes(shape, first, last):
+            band = Band(boxes=((source.name, box),))
+            values = bytes_of(self._shards.read(band)[source.name])
+            begin, end = max(at, 0), min(at + values.nbytes, view.nbytes)
+            view[begin:end] = values[begin - at : end - at]
+            at += values.nbytes
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> ShardedReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def flat_boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[Region]:
+    """The elements first:last of a tensor, row-major, as boxes, in order; each is one run.
+
+    Example: 2:11 of [4, 3] -> [0:1, 2:3], [1:3, 0:3], [3:4, 0:2].
+    """
+    if last <= first:
+        return
+    if not shape:
+        yield Region.whole(())
+        return
+    row = 1
+    for n in shape[1:]:
+        row *= n
+    whole = [(0, n) for n in shape[1:]]
+    begin, end = -(-first // row), last // row
+    if begin > end:  # inside one row
+        yield from _in_row(shape, end, first - end * row, last - end * row)
+        return
+    if first < begin * row:
+        yield from _in_row(shape, begin - 1, first - (begin - 1) * row, row)
+    if begin < end:
+        yield Region.box(shape, [(begin, end), *whole])
+    if end * row < last:
+        yield from _in_row(shape, end, 0, last - end * row)
+
+
+def _in_row(shape: tuple[int, ...], row: int, first: int, last: int) -> Iterator[Region]:
+    for box in flat_boxes(shape[1:], first, last):
+        yield Region(shape=shape, start=(row, *box.start), size=(1, *box.size), step=(1, *box.step))
+
+
+# ------------------------------------------------------------------------------- the trivial plan
+
+
+def reading(checkpoint: Checkpoint, plan: Plan, ranks: Ranks) -> tuple[Plan, Reader]:
+    """The plan by which a rank reads, and the reader of its bytes.
+
+    plan   from the checkpoint to the rank's parameters
+    Of a pre-sharded folder whose file of this rank is just what the plan asks for: file to
+    parameters, each a whole tensor, proved like any plan. Otherwise the plan itself.
+    """
+    sharded = checkpoint.served_by
+    if not isinstance(sharded, Sharded) or not _is_same(sharded.plan, plan, ranks):
+        return plan, checkpoint.reader()
+    stored = sharded.stored[ranks.tp_rank]
+    sources = {**sharded.rest, **stored}
+    targets: list[Target] = []
+    bindings: list[Binding] = []
+    for target in plan.targets:
+        if target.expected is not None:
+            targets.append(target)
+            bindings += (b for b in plan.bindings if b.target == target.name)
+            continue
+        layout = Layout.replicated(target.layout.local_shape, ranks.tp_size)
+        targets.append(replace(target, layout=layout, leaf="", stored=None))
+        bindings.append(Binding(target=target.name, part=None, source=target.name, fused=False))
+    return prove_bindings(targets, sources, bindings, ranks=[ranks]), sharded.open_files()
+
+
+def _is_same(held: Plan, asked: Plan, ranks: Ranks) -> bool:
+    """Whether a rank's file has what the other plan gives the rank: the same copies and fills."""
+    if held.tp_size != ranks.tp_size or ranks.ep_size != 1:
+        return False
+    one, two = held.shares[ranks.tp_rank], asked.share(ranks)
+    kept = {t.name for t in held.targets if t.expected is None}
+    wanted = {t.name for t in asked.targets if t.expected is None}
+    constants = {check.source for check in asked.checks()}
+    return (
+        wanted <= kept
+        and not constants & kept  # one name would be two tensors
+        and _moves(one.copies, wanted) == _moves(two.copies, wanted)
+        and {(f.target, f.region) for f in one.fills if f.target in wanted}
+        == {(f.target, f.region) for f in two.fills}
+    )
+
+
+def _moves(copies: Sequence[Any], wanted: set[str]) -> set[tuple[Any, ...]]:
+    return {
+        (c.source, c.target, c.source_region, c.target_region, c.axes)
+        for c in copies
+        if c.target in wanted
+    }

@@ -1,0 +1,687 @@
+/* Moves runs of bytes from files to memory, with threads that never enter the interpreter.
+ *
+ * Why it is here: the copies of a load are known beforehand and are many; issued from Python threads
+ * they wait for each other (benchmarks/README.md, "the engine"). What it does is also written in
+ * Python (engine.py), is tested against that, and knows nothing of torch: addresses, file descriptors
+ * and, for a GPU, the functions of the CUDA driver come in as numbers.
+ *
+ * A job is a grid of equal runs: run i of `rows` lies at offset + i * file_stride in the file and at
+ * target + i * target_stride in memory. Jobs are cut into units of at most `chunk` bytes; small
+ * neighbours share one. A thread takes the next unit and reads it with as few calls as can be (a gap
+ * of at most `gap` bytes is read too, into a place that nobody looks at). Where the target is on a GPU
+ * it reads into a page-locked buffer, and one thread more starts all copies from there: several that
+ * did so would wait for each other in the driver.
+ *
+ * No mapping is ever touched, so that a file that shrinks is a short read and not a SIGBUS.
+ */
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030a0000
+#endif
+#include <Python.h>
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_SEGMENTS = 1024, BLOCK = 4096, NOT_READY = 600 };
+#define MAX_CALL ((int64_t)1 << 30)
+
+typedef struct {
+    int64_t file, offset, target, run, rows, file_stride, target_stride, direct;
+} job_t;
+
+/* Bytes [begin, end) of one job's runs laid end to end, or all of the jobs `job` to `last`. */
+typedef struct {
+    int64_t job, last, begin, end;
+} unit_t;
+
+typedef struct {
+    int64_t fd, direct_fd; /* -1: none */
+} file_t;
+
+/* Of the CUDA driver: each returns 0 where all is well. */
+typedef struct {
+    int (*set_context)(void *);
+    int (*copy)(uint64_t, const void *, size_t, void *);
+    int (*copy_2d)(const void *, void *);
+    int (*event_create)(void **, unsigned);
+    int (*event_record)(void *, void *);
+    int (*event_query)(void *);
+    int (*event_wait)(void *);
+    int (*event_destroy)(void *);
+    void *context;
+} cuda_t;
+
+typedef struct { /* CUDA_MEMCPY2D of cuda.h */
+    size_t src_x, src_y;
+    int src_type;
+    const void *src_host;
+    uint64_t src_device;
+    void *src_array;
+    size_t src_pitch, dst_x, dst_y;
+    int dst_type;
+    void *dst_host;
+    uint64_t dst_device;
+    void *dst_array;
+    size_t dst_pitch, width, height;
+} copy_2d_t;
+
+enum { FAILED_READ = 1, FILE_ENDED = 2, FAILED_CUDA = 3, NO_MEMORY = 4 };
+
+typedef struct {
+    int64_t kind, code, job, offset, wanted, got;
+} fault_t;
+
+typedef struct { /* a page-locked buffer: free, being filled, or on its way to the GPU */
+    char *memory;
+    unit_t *unit;
+    int64_t first; /* the file's offset at which a direct read began */
+    void *event;
+} buffer_t;
+
+typedef struct { /* buffers, first in first out; never more than there are */
+    int64_t *at, head, count, room;
+} queue_t;
+
+typedef struct {
+    job_t *jobs;
+    file_t *files;
+    unit_t *units;
+    int64_t num_jobs, num_units, chunk, gap, threads, buffer_bytes, num_buffers, num_streams;
+    buffer_t *buffers;
+    int64_t *streams;
+    cuda_t *cuda; /* NULL: targets are host memory */
+    pthread_t *ids;
+    int64_t started, readers;
+    queue_t free, filled, sent; /* `sent` is the submitting thread's own */
+    atomic_llong next, running, read, moved, calls, read_ns, wait_ns;
+    atomic_int stop;
+    pthread_mutex_t lock;
+    pthread_cond_t ended, freed, fed;
+    fault_t fault;
+} run_t;
+
+typedef struct { /* what one thread works with */
+    run_t *run;
+    int submits;
+    char *gap, *bounce;
+    struct iovec *iov;
+} worker_t;
+
+static void push(queue_t *q, int64_t at) { q->at[(q->head + q->count++) % q->room] = at; }
+
+static int64_t pop(queue_t *q)
+{
+    int64_t at = q->at[q->head];
+    q->head = (q->head + 1) % q->room, q->count--;
+    return at;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static int fail(run_t *r, fault_t fault)
+{
+    pthread_mutex_lock(&r->lock);
+    fault_t *f = &r->fault;
+    if (!f->kind || fault.job < f->job || (fault.job == f->job && fault.offset < f->offset))
+        *f = fault;
+    pthread_mutex_unlock(&r->lock);
+    atomic_store(&r->stop, 1);
+    return -1;
+}
+
+static int cuda_failed(run_t *r, int64_t job, int code)
+{
+    return fail(r, (fault_t){FAILED_CUDA, code, job, 0, 0, 0});
+}
+
+/* Fills the segments, `wanted` bytes, from `offset` on; short reads go on where they ended. */
+static int read_all(run_t *r, int64_t job, int fd, struct iovec *iov, int count, int64_t offset, int64_t wanted)
+{
+    int64_t done = 0;
+    while (done < wanted) {
+        ssize_t got = preadv(fd, iov, count, offset + done);
+        atomic_fetch_add(&r->calls, 1);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return fail(r, (fault_t){FAILED_READ, errno, job, offset + done, wanted, done});
+        if (got == 0)
+            return fail(r, (fault_t){FILE_ENDED, 0, job, offset, wanted, done});
+        done += got;
+        atomic_fetch_add(&r->read, got);
+        while (count && (size_t)got >= iov->iov_len) {
+            got -= (ssize_t)iov->iov_len;
+            iov++, count--;
+        }
+        if (count) {
+            iov->iov_base = (char *)iov->iov_base + got;
+            iov->iov_len -= (size_t)got;
+        }
+    }
+    return 0;
+}
+
+typedef struct { /* segments that are neighbours in the file, not yet read */
+    int64_t job, first, next;
+    int fd, count;
+} batch_t;
+
+static int flush(worker_t *w, batch_t *b)
+{
+    int bad = b->count ? read_all(w->run, b->job, b->fd, w->iov, b->count, b->first, b->next - b->first) : 0;
+    b->count = 0;
+    return bad;
+}
+
+static int add(worker_t *w, batch_t *b, int64_t job, int64_t offset, char *into, int64_t bytes)
+{
+    run_t *r = w->run;
+    int fd = (int)r->files[r->jobs[job].file].fd;
+    int64_t gap = offset - b->next;
+    if (b->count && (fd != b->fd || gap < 0 || gap > r->gap || b->count + 2 > MAX_SEGMENTS ||
+                     offset + bytes - b->first > MAX_CALL) && flush(w, b))
+        return -1;
+    if (!b->count)
+        *b = (batch_t){job, offset, offset, fd, 0}, gap = 0;
+    if (gap)
+        w->iov[b->count++] = (struct iovec){w->gap, (size_t)gap};
+    struct iovec *last = b->count ? &w->iov[b->count - 1] : NULL;
+    if (last && !gap && (char *)last->iov_base + last->iov_len == into)
+        last->iov_len += (size_t)bytes;
+    else
+        w->iov[b->count++] = (struct iovec){into, (size_t)bytes};
+    b->next = offset + bytes;
+    return 0;
+}
+
+/* The runs of bytes [begin, end) of a job, one after another: into the target, or packed. */
+static int read_runs(worker_t *w, batch_t *b, int64_t job, int64_t begin, int64_t end, char *packed)
+{
+    job_t *j = &w->run->jobs[job];
+    for (int64_t at = begin; at < end;) {
+        int64_t row = at / j->run, in = at % j->run;
+        int64_t bytes = j->run - in < end - at ? j->run - in : end - at;
+        char *into = packed ? packed + (at - begin)
+                            : (char *)(intptr_t)(j->target + row * j->target_stride + in);
+        for (int64_t done = 0; done < bytes; done += MAX_CALL) {
+            int64_t part = bytes - done < MAX_CALL ? bytes - done : MAX_CALL;
+            if (add(w, b, job, j->offset + row * j->file_stride + in + done, into + done, part))
+                return -1;
+        }
+        at += bytes;
+    }
+    return 0;
+}
+
+/* Job k of a unit: its bytes [begin, end). */
+static job_t *part_of(run_t *r, const unit_t *u, int64_t k, int64_t *begin, int64_t *end)
+{
+    int group = u->last > u->job;
+    *begin = group ? 0 : u->begin, *end = group ? r->jobs[k].run : u->end;
+    return &r->jobs[k];
+}
+
+/* The runs of a unit through the page cache: into the targets, or packed. */
+static int read_usual(worker_t *w, unit_t *u, char *packed)
+{
+    batch_t b = {0, 0, 0, -1, 0};
+    for (int64_t k = u->job, begin, end; k <= u->last; k++) {
+        part_of(w->run, u, k, &begin, &end);
+        if (read_runs(w, &b, k, begin, end, packed))
+            return -1;
+        packed = packed ? packed + (end - begin) : NULL;
+    }
+    return flush(w, &b);
+}
+
+static int64_t offset_of(const job_t *j, int64_t at)
+{
+    return j->offset + at / j->run * j->file_stride + at % j->run;
+}
+
+/* The whole span of a unit with O_DIRECT: offset, length and memory are multiples of BLOCK. Whatever
+ * such a read cannot do, the usual one does, or says why not. */
+static int read_direct(worker_t *w, unit_t *u, char *buffer, int64_t *first)
+{
+    run_t *r = w->run;
+    file_t *file = &r->files[r->jobs[u->job].file];
+    int64_t begin, end;
+    job_t *j = part_of(r, u, u->job, &begin, &end);
+    *first = offset_of(j, begin) / BLOCK * BLOCK;
+    j = part_of(r, u, u->last, &begin, &end);
+    int64_t needed = offset_of(j, end - 1) + 1 - *first, length = (needed + BLOCK - 1) / BLOCK * BLOCK;
+    struct iovec one = {buffer, (size_t)length};
+    if (file->direct_fd >= 0) {
+        ssize_t got = preadv((int)file->direct_fd, &one, 1, *first);
+        atomic_fetch_add(&r->calls, 1);
+        if (got >= needed) {
+            atomic_fetch_add(&r->read, got);
+            return 0;
+        }
+    }
+    one.iov_len = (size_t)needed;
+    return read_all(r, u->job, (int)file->fd, &one, 1, *first, needed);
+}
+
+static void scatter(run_t *r, unit_t *u, const char *buffer, int64_t first)
+{
+    for (int64_t k = u->job, begin, end; k <= u->last; k++) {
+        job_t *j = part_of(r, u, k, &begin, &end);
+        for (int64_t at = begin; at < end;) {
+            int64_t row = at / j->run, in = at % j->run;
+            int64_t bytes = j->run - in < end - at ? j->run - in : end - at;
+            memcpy((char *)(intptr_t)(j->target + row * j->target_stride + in),
+                   buffer + (j->offset + row * j->file_stride + in - first), (size_t)bytes);
+            at += bytes;
+        }
+    }
+}
+
+static int host_unit(worker_t *w, unit_t *u)
+{
+    int64_t first;
+    if (!w->run->jobs[u->job].direct)
+        return read_usual(w, u, NULL);
+    if (read_direct(w, u, w->bounce, &first))
+        return -1;
+    scatter(w->run, u, w->bounce, first);
+    return 0;
+}
+
+/* Starts the copy of bytes [begin, end) of a job from `host`, whose rows are `pitch` bytes apart. */
+static int launch(run_t *r, job_t *j, int64_t begin, int64_t end, char *host, int64_t pitch, void *stream)
+{
+    int64_t row = begin / j->run, rows = (end - begin + j->run - 1) / j->run;
+    uint64_t target = (uint64_t)(j->target + row * j->target_stride + begin % j->run);
+    if (rows == 1 || (pitch == j->run && j->target_stride == j->run))
+        return r->cuda->copy(target, host, (size_t)(end - begin), stream);
+    copy_2d_t c = {0};
+    c.src_type = 1, c.src_host = host, c.src_pitch = (size_t)pitch;
+    c.dst_type = 2, c.dst_device = target, c.dst_pitch = (size_t)j->target_stride;
+    c.width = (size_t)j->run, c.height = (size_t)rows;
+    return r->cuda->copy_2d(&c, stream);
+}
+
+/* Reads a unit into a buffer that nothing is copied from any more, and hands it on. */
+static int cuda_unit(worker_t *w, unit_t *u)
+{
+    run_t *r = w->run;
+    int64_t t = now_ns();
+    pthread_mutex_lock(&r->lock);
+    while (!r->free.count && !atomic_load(&r->stop))
+        pthread_cond_wait(&r->freed, &r->lock);
+    int64_t at = atomic_load(&r->stop) ? -1 : pop(&r->free);
+    pthread_mutex_unlock(&r->lock);
+    if (at < 0)
+        return -1;
+    buffer_t *b = &r->buffers[at];
+    atomic_fetch_add(&r->wait_ns, now_ns() - t), t = now_ns();
+    b->unit = u;
+    if (r->jobs[u->job].direct ? read_direct(w, u, b->memory, &b->first) : read_usual(w, u, b->memory))
+        return -1;
+    atomic_fetch_add(&r->read_ns, now_ns() - t);
+    pthread_mutex_lock(&r->lock);
+    push(&r->filled, at);
+    pthread_cond_signal(&r->fed);
+    pthread_mutex_unlock(&r->lock);
+    return 0;
+}
+
+/* Starts the copies of a buffer's unit, small neighbours one by one. */
+static int send_unit(run_t *r, buffer_t *b, void *stream)
+{
+    int64_t at = 0;
+    int bad = 0, code;
+    for (int64_t k = b->unit->job, begin, end; k <= b->unit->last && !bad; k++) {
+        job_t *j = part_of(r, b->unit, k, &begin, &end);
+        char *host = b->memory + (j->direct ? offset_of(j, begin) - b->first : at);
+        bad = launch(r, j, begin, end, host, j->direct ? j->file_stride : j->run, stream);
+        at += end - begin;
+    }
+    code = r->cuda->event_record(b->event, stream); /* also after a failure: some copies may be under way */
+    return bad ? bad : code;
+}
+
+static void note_moved(run_t *r, unit_t *u)
+{
+    for (int64_t k = u->job, begin, end; k <= u->last; k++)
+        part_of(r, u, k, &begin, &end), atomic_fetch_add(&r->moved, end - begin);
+}
+
+/* The next buffer to send; -1 where there is none now, -2 where there will be none any more. */
+static int64_t next_filled(run_t *r)
+{
+    pthread_mutex_lock(&r->lock);
+    while (!r->filled.count && !r->sent.count && r->readers)
+        pthread_cond_wait(&r->fed, &r->lock);
+    int64_t at = r->filled.count ? pop(&r->filled) : r->sent.count || r->readers ? -1 : -2;
+    pthread_mutex_unlock(&r->lock);
+    return at;
+}
+
+static void free_arrived(run_t *r)
+{
+    while (r->sent.count) {
+        int code = r->cuda->event_query(r->buffers[r->sent.at[r->sent.head]].event);
+        if (code == NOT_READY)
+            return;
+        if (code && !atomic_load(&r->stop))
+            cuda_failed(r, r->num_jobs, code);
+        pthread_mutex_lock(&r->lock);
+        push(&r->free, pop(&r->sent));
+        pthread_cond_signal(&r->freed);
+        pthread_mutex_unlock(&r->lock);
+    }
+}
+
+/* The submitting thread: sends what is filled, and frees what has arrived. It spins only while copies
+ * are on their way. After a fault it still waits for those: nothing may be in flight in the end. */
+static void submit(run_t *r)
+{
+    int code = r->cuda->set_context(r->cuda->context);
+    for (int64_t i = 0; i < r->num_buffers && !code; i++)
+        code = r->cuda->event_create(&r->buffers[i].event, 2); /* without timing */
+    if (code)
+        cuda_failed(r, 0, code);
+    for (int64_t at, count = 0; (at = next_filled(r)) != -2; free_arrived(r)) {
+        if (at < 0 || atomic_load(&r->stop))
+            continue;
+        unit_t *u = r->buffers[at].unit;
+        if ((code = send_unit(r, &r->buffers[at], (void *)(intptr_t)r->streams[count++ % r->num_streams])))
+            cuda_failed(r, u->job, code);
+        else
+            note_moved(r, u);
+        push(&r->sent, at);
+    }
+    for (int64_t i = 0; i < r->num_buffers; i++)
+        if (r->buffers[i].event)
+            r->cuda->event_destroy(r->buffers[i].event);
+}
+
+static void read_units(worker_t *w)
+{
+    run_t *r = w->run;
+    w->iov = malloc(sizeof(struct iovec) * MAX_SEGMENTS);
+    w->gap = malloc((size_t)r->gap + 1);
+    if (!r->cuda && posix_memalign((void **)&w->bounce, BLOCK, (size_t)r->buffer_bytes))
+        w->bounce = NULL;
+    if (!w->iov || !w->gap || (!r->cuda && !w->bounce))
+        fail(r, (fault_t){NO_MEMORY, ENOMEM, 0, 0, 0, 0});
+    while (!atomic_load(&r->stop)) {
+        int64_t at = atomic_fetch_add(&r->next, 1);
+        if (at >= r->num_units || (r->cuda ? cuda_unit : host_unit)(w, &r->units[at]))
+            break;
+        if (!r->cuda)
+            note_moved(r, &r->units[at]);
+    }
+    free(w->iov), free(w->gap), free(w->bounce);
+}
+
+static void *work(void *argument)
+{
+    worker_t w = *(worker_t *)argument;
+    run_t *r = w.run;
+    free(argument);
+    if (w.submits)
+        submit(r);
+    else
+        read_units(&w);
+    pthread_mutex_lock(&r->lock);
+    r->readers -= !w.submits;
+    pthread_cond_broadcast(&r->fed), pthread_cond_broadcast(&r->freed);
+    if (atomic_fetch_sub(&r->running, 1) == 1)
+        pthread_cond_broadcast(&r->ended);
+    pthread_mutex_unlock(&r->lock);
+    return NULL;
+}
+
+/* Bytes of a job's runs that fit one unit: whole rows, or a piece of one long row. */
+static int64_t unit_step(run_t *r, job_t *j)
+{
+    int64_t row = j->direct && j->rows > 1 ? j->file_stride : j->run; /* direct reads take the gaps */
+    if (j->rows == 1 || row > r->chunk)
+        return r->chunk < j->run ? r->chunk : j->run;
+    return r->chunk / row * j->run;
+}
+
+static int cut_units(run_t *r)
+{
+    int64_t room = 0, n = 0;
+    for (int64_t k = 0; k < r->num_jobs;) {
+        job_t *j = &r->jobs[k];
+        int64_t total = j->run * j->rows, last = k, step = total > 0 ? unit_step(r, j) : 0;
+        if (total > 0 && j->rows == 1 && j->run < r->chunk / 2) { /* its small neighbours come along */
+            int64_t stop = j->offset + j->run, sum = j->run;
+            while (last + 1 < r->num_jobs && last + 1 - k < MAX_SEGMENTS / 2) {
+                job_t *m = &r->jobs[last + 1];
+                int64_t end = m->offset + m->run;
+                if (m->rows != 1 || !m->run || m->file != j->file || m->direct != j->direct || m->offset < stop ||
+                    m->offset - stop > r->gap || sum + m->run > r->chunk || end - j->offset > r->chunk)
+                    break;
+                stop = end, sum += m->run, last++;
+            }
+        }
+        for (int64_t at = 0; at < total;) {
+            int64_t end = at + step, row_end = at - at % j->run + j->run;
+            if (step < j->run && end > row_end)
+                end = row_end; /* of a long row */
+            end = end < total ? end : total;
+            if (n == room) {
+                unit_t *more = realloc(r->units, sizeof(unit_t) * (size_t)(room = room * 2 + 64));
+                if (!more)
+                    return -1;
+                r->units = more;
+            }
+            r->units[n++] = (unit_t){k, last, at, end};
+            at = last > k ? total : end;
+        }
+        k = last + 1;
+    }
+    r->num_units = n;
+    return 0;
+}
+
+static void destroy(run_t *r)
+{
+    for (int64_t i = 0; i < r->started; i++)
+        pthread_join(r->ids[i], NULL);
+    free(r->ids), free(r->units), free(r->jobs), free(r->files), free(r->buffers), free(r->streams);
+    free(r->cuda), free(r->free.at), free(r->filled.at), free(r->sent.at);
+    pthread_mutex_destroy(&r->lock), pthread_cond_destroy(&r->ended);
+    pthread_cond_destroy(&r->freed), pthread_cond_destroy(&r->fed);
+    free(r);
+}
+
+static void *copied(long long address, int64_t count, size_t size)
+{
+    void *out = malloc(size * (size_t)(count > 0 ? count : 1));
+    if (out && count)
+        memcpy(out, (void *)(intptr_t)address, size * (size_t)count);
+    return out;
+}
+
+static int make_buffers(run_t *r, const int64_t *addresses)
+{
+    queue_t *queues[] = {&r->free, &r->filled, &r->sent};
+    r->buffers = calloc((size_t)r->num_buffers + 1, sizeof(buffer_t));
+    for (int k = 0; k < 3; k++) {
+        queues[k]->room = r->num_buffers;
+        if (!(queues[k]->at = calloc((size_t)r->num_buffers + 1, sizeof(int64_t))))
+            return -1;
+    }
+    for (int64_t i = 0; r->buffers && i < r->num_buffers; i++)
+        r->buffers[i].memory = (char *)(intptr_t)addresses[i], push(&r->free, i);
+    return r->buffers ? 0 : -1;
+}
+
+static void begin_threads(run_t *r)
+{
+    int64_t count = r->threads + (r->cuda != NULL);
+    sigset_t all, before;
+    sigfillset(&all); /* signals are for the interpreter's own thread */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_mutex_lock(&r->lock);
+    for (int64_t i = 0; i < count; i++) {
+        worker_t *w = calloc(1, sizeof(worker_t));
+        if (w)
+            w->run = r, w->submits = r->cuda && i == 0;
+        if (!w || pthread_create(&r->ids[i], NULL, work, w)) {
+            free(w);
+            break;
+        }
+        r->started = i + 1;
+    }
+    r->readers = r->started - (r->cuda && r->started);
+    atomic_store(&r->running, r->started);
+    pthread_mutex_unlock(&r->lock);
+    if (!r->readers)
+        fail(r, (fault_t){NO_MEMORY, EAGAIN, 0, 0, 0, 0});
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static run_t *run_of(PyObject *capsule)
+{
+    return PyCapsule_GetPointer(capsule, "lading.run");
+}
+
+static void forget(PyObject *capsule)
+{
+    run_t *r = run_of(capsule);
+    if (!r)
+        return;
+    atomic_store(&r->stop, 1);
+    Py_BEGIN_ALLOW_THREADS
+    destroy(r);
+    Py_END_ALLOW_THREADS
+}
+
+static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    long long jobs, num_jobs, files, num_files, threads, chunk, gap, buffer_bytes, buffers, num_buffers, streams,
+        num_streams, cuda;
+    if (!PyArg_ParseTuple(args, "LLLLLLLLLLLLL", &jobs, &num_jobs, &files, &num_files, &threads, &chunk, &gap,
+                          &buffer_bytes, &buffers, &num_buffers, &streams, &num_streams, &cuda))
+        return NULL;
+    if (threads < 1 || chunk < BLOCK || gap < 0 || buffer_bytes < chunk + 2 * BLOCK ||
+        (cuda && (num_buffers < 1 || num_streams < 1))) {
+        PyErr_SetString(PyExc_ValueError, "threads, chunk, gap, buffers or streams are out of range");
+        return NULL;
+    }
+    run_t *r = calloc(1, sizeof(run_t));
+    if (!r)
+        return PyErr_NoMemory();
+    pthread_condattr_t by_clock;
+    pthread_condattr_init(&by_clock), pthread_condattr_setclock(&by_clock, CLOCK_MONOTONIC);
+    pthread_mutex_init(&r->lock, NULL), pthread_cond_init(&r->ended, &by_clock);
+    pthread_cond_init(&r->freed, NULL), pthread_cond_init(&r->fed, NULL);
+    pthread_condattr_destroy(&by_clock);
+    r->num_jobs = num_jobs, r->chunk = chunk, r->gap = gap;
+    r->threads = threads, r->buffer_bytes = buffer_bytes;
+    r->num_buffers = num_buffers, r->num_streams = num_streams;
+    r->jobs = copied(jobs, num_jobs, sizeof(job_t));
+    r->files = copied(files, num_files, sizeof(file_t));
+    r->streams = copied(streams, num_streams, sizeof(int64_t));
+    r->cuda = cuda ? copied(cuda, 1, sizeof(cuda_t)) : NULL;
+    r->ids = calloc((size_t)threads + 1, sizeof(pthread_t));
+    if (!r->jobs || !r->files || !r->streams || (cuda && !r->cuda) || !r->ids || cut_units(r) ||
+        make_buffers(r, (const int64_t *)(intptr_t)buffers)) {
+        destroy(r);
+        return PyErr_NoMemory();
+    }
+    if (r->num_units < r->threads)
+        r->threads = r->num_units ? r->num_units : 1;
+    PyObject *capsule = PyCapsule_New(r, "lading.run", forget);
+    if (!capsule) {
+        destroy(r);
+        return NULL;
+    }
+    begin_threads(r);
+    return capsule;
+}
+
+static PyObject *wait_for(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *capsule;
+    double seconds;
+    run_t *r = PyArg_ParseTuple(args, "Od", &capsule, &seconds) ? run_of(capsule) : NULL;
+    if (!r)
+        return NULL;
+    int over;
+    Py_BEGIN_ALLOW_THREADS
+    int64_t ns = now_ns() + (int64_t)(seconds * 1e9);
+    struct timespec until = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+    pthread_mutex_lock(&r->lock);
+    while (atomic_load(&r->running) > 0)
+        if (pthread_cond_timedwait(&r->ended, &r->lock, &until) == ETIMEDOUT)
+            break;
+    over = atomic_load(&r->running) <= 0;
+    pthread_mutex_unlock(&r->lock);
+    Py_END_ALLOW_THREADS
+    return Py_BuildValue("iL", over, (long long)atomic_load(&r->moved));
+}
+
+static PyObject *stop(PyObject *Py_UNUSED(self), PyObject *capsule)
+{
+    run_t *r = run_of(capsule);
+    if (!r)
+        return NULL;
+    atomic_store(&r->stop, 1);
+    Py_RETURN_NONE;
+}
+
+static PyObject *result(PyObject *Py_UNUSED(self), PyObject *capsule)
+{
+    run_t *r = run_of(capsule);
+    if (!r)
+        return NULL;
+    if (atomic_load(&r->running) > 0) {
+        PyErr_SetString(PyExc_ValueError, "the run has not ended");
+        return NULL;
+    }
+    fault_t *f = &r->fault;
+    return Py_BuildValue("(LLLLLL)(LLLLL)", (long long)f->kind, (long long)f->code, (long long)f->job,
+                         (long long)f->offset, (long long)f->wanted, (long long)f->got,
+                         (long long)atomic_load(&r->read), (long long)atomic_load(&r->moved),
+                         (long long)atomic_load(&r->calls), (long long)atomic_load(&r->read_ns),
+                         (long long)atomic_load(&r->wait_ns));
+}
+
+/* Asks for huge pages where a large piece of memory is touched for the first time. */
+static PyObject *advise(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    long long address, bytes;
+    if (!PyArg_ParseTuple(args, "LL", &address, &bytes))
+        return NULL;
+#ifdef MADV_HUGEPAGE
+    long long page = sysconf(_SC_PAGESIZE), first = (address + page - 1) / page * page;
+    long long stop = (address + bytes) / page * page;
+    if (stop > first)
+        madvise((void *)(intptr_t)first, (size_t)(stop - first), MADV_HUGEPAGE);
+#endif
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"start", start, METH_VARARGS, NULL},   {"wait", wait_for, METH_VARARGS, NULL},
+    {"stop", stop, METH_O, NULL},           {"result", result, METH_O, NULL},
+    {"advise", advise, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_engine", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__engine(void) { return PyModule_Create(&module); }

@@ -1,0 +1,192 @@
+"""A CUDA device as the engine sees it: page-locked buffers, streams, and the driver's functions.
+
+The driver's library is asked, not the runtime's: it has one name and one stable interface wherever a
+GPU works, while each build of torch brings a runtime of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from lading import writing
+from lading.errors import DeviceError
+from lading.transport.engine import BLOCK_BYTES, native_engine
+
+__all__ = ["Gpu", "Gpus", "cuda_problem"]
+
+DRIVER = "libcuda.so.1"
+FUNCTIONS = (
+    "cuCtxSetCurrent",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpy2DAsync_v2",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventQuery",
+    "cuEventSynchronize",
+    "cuEventDestroy_v2",
+)
+HUGE_PAGE_BYTES = 2**21
+NUM_STREAMS = 2
+
+
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL(DRIVER)
+    except OSError as error:
+        raise DeviceError(f"cannot be loaded: {error}", subject=DRIVER) from None
+
+
+class Gpu:
+    """Page-locked buffers and streams for `threads` threads; a context manager, which unlocks them.
+
+    depth          buffers of each thread: one is filled while the others are copied
+    buffer_bytes   of each
+    """
+
+    def __init__(
+        self, device: torch.device, *, threads: int, depth: int, buffer_bytes: int
+    ) -> None:
+        self.threads = threads
+        self.buffer_bytes = -(-buffer_bytes // BLOCK_BYTES) * BLOCK_BYTES
+        self._device = device
+        self._driver = _driver()
+        with torch.cuda.device(device):
+            self._streams = [torch.cuda.Stream(device) for _ in range(NUM_STREAMS)]
+        self.follow()
+        self.streams: Sequence[int] = [stream.cuda_stream for stream in self._streams]
+        self._first, self._locked = 0, False
+        self._memory = self._lock(threads * depth * self.buffer_bytes)
+        self.addresses: Sequence[int] = [
+            self._first + i * self.buffer_bytes for i in range(threads * depth)
+        ]
+        self.table: Sequence[int] = [*map(self._address, FUNCTIONS), self._context()]
+
+    @staticmethod
+    def bytes_for(num_buffers: int, buffer_bytes: int) -> int:
+        """What so many buffers take."""
+        return num_buffers * (-(-buffer_bytes // BLOCK_BYTES) * BLOCK_BYTES)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Page-locked memory in all."""
+        return len(self.addresses) * self.buffer_bytes
+
+    def follow(self) -> None:
+        """What is copied from now on comes after what the current stream was given before: the
+        memory of the parameters may still be in use by it.
+        """
+        before = torch.cuda.current_stream(self._device)
+        for stream in self._streams:
+            stream.wait_stream(before)
+
+    def close(self) -> None:
+        """Unlocks the buffers. Nothing may be copied from them any more."""
+        if self._locked:
+            self._locked = False
+            self._driver.cuMemHostUnregister(ctypes.c_void_p(self._first))
+        self._memory = None
+
+    def __enter__(self) -> Gpu:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self, num_bytes: int) -> torch.Tensor | None:
+        """Memory in huge pages, locked: a tenth of the time that locking small pages takes."""
+        memory = torch.empty(num_bytes + HUGE_PAGE_BYTES, dtype=torch.uint8, device="cpu")
+        address = writing.address(memory)
+        assert address is not None, "a new tensor is dense"
+        self._first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        engine = native_engine()
+        if engine is not None:
+            engine.advise(self._first, num_bytes)
+        with torch.cuda.device(self._device):
+            torch.cuda.current_stream(self._device).query()  # the device's context is current
+            code = self._driver.cuMemHostRegister_v2(
+                ctypes.c_void_p(self._first), ctypes.c_size_t(num_bytes), 1
+            )
+        if code:
+            raise cuda_problem(code, f"cannot lock {num_bytes} bytes of host memory")
+        self._locked = True
+        return memory
+
+    def _address(self, function: str) -> int:
+        return ctypes.cast(getattr(self._driver, function), ctypes.c_void_p).value or 0
+
+    def _context(self) -> int:
+        context = ctypes.c_void_p()
+        with torch.cuda.device(self._device):
+            torch.cuda.current_stream(self._device).query()
+            code = self._driver.cuCtxGetCurrent(ctypes.byref(context))
+        if code or not context.value:
+            raise cuda_problem(code, "has no context")
+        return context.value
+
+
+class Gpus:
+    """Page-locked memory for each GPU that a load writes to: a context manager, which unlocks it.
+
+    threads, depth, buffer_bytes   of each GPU, as `Gpu` takes them
+    pinned_bytes   the most that one GPU may take; there are fewer threads where it is little
+    """
+
+    def __init__(self, *, threads: int, depth: int, buffer_bytes: int, pinned_bytes: int) -> None:
+        while threads > 1 and Gpu.bytes_for(threads * depth, buffer_bytes) > pinned_bytes:
+            threads -= 1
+        self._threads, self._depth, self._buffer_bytes = threads, depth, buffer_bytes
+        self._futures: dict[torch.device, Future[Gpu]] = {}
+
+    def begin(self, device: torch.device) -> None:
+        """Begins to lock memory on another thread: a load has other things to do meanwhile."""
+        if device in self._futures:
+            return
+        future: Future[Gpu] = Future()
+        self._futures[device] = future
+
+        def lock() -> None:
+            try:
+                gpu = Gpu(
+                    device,
+                    threads=self._threads,
+                    depth=self._depth,
+                    buffer_bytes=self._buffer_bytes,
+                )
+                future.set_result(gpu)
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=lock, daemon=True).start()
+
+    def ready(self, device: torch.device) -> Gpu:
+        """Raises a DeviceError where the memory cannot be locked."""
+        self.begin(device)
+        return self._futures[device].result()
+
+    def __enter__(self) -> Gpus:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        futures, self._futures = list(self._futures.values()), {}
+
+        def unlock() -> None:
+            for future in futures:
+                if future.exception() is None:
+                    future.result().close()
+
+        # Nobody waits for it; an interpreter that ends does.
+        threading.Thread(target=unlock).start()
+
+
+def cuda_problem(code: int, fact: str) -> DeviceError:
+    """What the driver's return code says in its own words."""
+    words = ctypes.c_char_p()
+    _driver().cuGetErrorString(code, ctypes.byref(words))
+    text = words.value.decode() if words.value else f"error {code}"
+    return DeviceError(f"{fact}: {text}", subject="the GPU")

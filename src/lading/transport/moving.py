@@ -1,0 +1,481 @@
+"""`Transport`: one rank's share of a plan, from files into parameters, each byte moved once.
+
+A copy takes one of two ways. *Straight*: both ends are boxes of row-major memory of one dtype, so it is
+a few jobs of the engine, whose threads read the file's bytes right into the parameter, or, for a GPU,
+into page-locked buffers and on from there. *By value*: the bytes pass through memory in which torch
+can cast or permute them, a bounded piece at a time.
+
+How a file is read follows from where its bytes are. In the page cache: through it. Not there, on a
+disk of this machine: past it (O_DIRECT), by more threads; but what several ranks of one host need
+goes through the page cache, so that the disk is read once. Behind a network: through it, by more threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
+
+import torch
+
+from lading import dtypes, writing
+from lading.checkpoint import Reader, Source
+from lading.checkpoint.files import ByteReader, ended, read_problem
+from lading.errors import CallError, DeviceError, FileError, LadingError
+from lading.plan import Plan, Share
+from lading.regions import Copy, Region, reordered
+from lading.transport import engine as engines
+from lading.transport.cuda import Gpu, Gpus, cuda_problem
+from lading.transport.engine import Engine, Fault, Stats, native_engine
+from lading.transport.host import (
+    DEFAULT_STAGING_BYTES,
+    Advance,
+    HostTransport,
+    Moved,
+    blocks,
+    located,
+    position,
+)
+from lading.transport.jobs import Grid, JobList, Piece, common_runs
+from lading.transport.residency import is_remote, resident_bytes
+
+__all__ = ["Limits", "Transport", "gpus_for"]
+
+HUGE_TENSOR_BYTES = 4 * 2**20
+"""Memory of at least this size is worth huge pages."""
+
+WARM = 0.5
+"""A file of which less is in the page cache counts as cold."""
+
+COLD_CHUNK_BYTES = 4 * 2**20
+COLD_THREADS = 16
+"""So many reads of this size keep a disk, or a network, busy (benchmarks/README.md)."""
+
+VALUES_BYTES = 256 * 2**20
+"""GPU memory through which copies pass that change dtype or order."""
+
+ALIGN_BYTES = 512
+
+MAX_HOST_THREADS = 4
+MAX_GPU_THREADS = 16
+DEPTH = 2
+
+GPU_CHUNK_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a load may use on each rank. Raises a CallError where that is nothing.
+
+    staging_bytes   host memory of each thread for copies that change dtype or order
+    pinned_bytes    page-locked host memory, for GPUs
+    device_bytes    GPU memory besides the parameters
+    num_threads     that read; None = what the cores of this host allow for each of its ranks
+    """
+
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    pinned_bytes: int = 512 * 2**20
+    device_bytes: int = 512 * 2**20
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("staging_bytes", self.staging_bytes),
+            ("pinned_bytes", self.pinned_bytes),
+            ("device_bytes", self.device_bytes),
+            ("num_threads", 1 if self.num_threads is None else self.num_threads),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CallError(
+                    f"{name} is {value!r}, needs an int of at least 1", subject="Limits"
+                )
+
+
+@dataclass(slots=True)
+class _Straight:
+    """The copies that the engine does on one device, and their jobs.
+
+    large   parameters that are worth huge pages, by id
+    """
+
+    copies: list[Copy] = field(default_factory=list)
+    jobs: JobList = field(default_factory=JobList)
+    large: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What copies between the same two regions, of one dtype, have in common.
+
+    is_shared   other ranks of this host need bytes from the same pages of the file
+    is_large    the bytes are worth huge pages
+    """
+
+    dtype: torch.dtype
+    piece: Piece
+    is_shared: bool
+    is_large: bool
+
+    @staticmethod
+    def of(copy: Copy, code: str, tp_size: int, is_shareable: bool) -> _Kind:
+        grid, size = common_runs(copy.source_region, copy.target_region), dtypes.storage_bytes(code)
+        return _Kind(
+            dtype=dtypes.to_torch(code),
+            piece=Piece(grid, size),
+            is_shared=is_shareable and _is_shared(copy, grid, tp_size),
+            is_large=grid.length * grid.num_runs * size >= HUGE_TENSOR_BYTES,
+        )
+
+
+@dataclass(slots=True)
+class Transport:
+    """Executes one rank's share of a plan.
+
+    reader      serves the checkpoint's bytes
+    num_local   ranks of this host that load the same files at the same time
+    gpus        page-locked memory; made where it is missing
+    direct      reads past the page cache: None = where the file is cold; for tests, or if it is known
+    """
+
+    reader: Reader
+    limits: Limits = field(default_factory=Limits)
+    num_local: int = 1
+    direct: bool | None = None
+    moved: Moved = field(default_factory=Moved)
+    stats: Stats = field(default_factory=Stats)
+    pinned_bytes: int = 0
+    gpus: Gpus | None = None
+
+    def compare(self, plan: Plan, share: Share) -> None:
+        """All that can be found wrong before anything is written: files, constants, tied twins."""
+        self._host().compare(plan, share)
+
+    def run(
+        self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
+    ) -> Moved:
+        """Fills the tensors, by target name. `advance` is told kept bytes as they arrive.
+
+        Call `compare` before. Raises the error of the first copy, in file order, that failed; what
+        was not begun by then is left out, and nothing is written after this has returned.
+        """
+        for fill in share.fills:
+            with torch.inference_mode(tensors[fill.target].is_inference()):
+                writing.fill(tensors[fill.target], fill.region)
+        files = self.reader.files
+        if files is None:
+            return self._host().run(plan, replace(share, fills=()), tensors, advance)
+        opened = _Opened(files, self.direct)
+        straight, values = self._sorted_out(plan, share, tensors, opened)
+        for device, work in straight.items():
+            self._run_straight(plan, work, opened, device, advance)
+        for device, others in values.items():
+            self._run_values(plan, share, others, tensors, device, advance)
+        return self.moved
+
+    def _sorted_out(
+        self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], opened: _Opened
+    ) -> tuple[dict[torch.device, _Straight], dict[torch.device, list[Copy]]]:
+        """Which copies go straight, as jobs, and which by value. This is what a small tensor costs."""
+        works: dict[torch.device, _Straight | None] = {}
+        values: dict[torch.device, list[Copy]] = {}
+        kinds: dict[tuple[int, int, str], _Kind] = {}
+        sources, numbers = plan.sources, opened.numbers
+        for copy in share.copies:
+            target, source = tensors[copy.target], sources[copy.source]
+            device, address = target.device, writing.address(target)
+            if device not in works:
+                works[device] = _Straight() if device.type in ("cpu", "cuda") else None
+            work = works[device]
+            if copy.axes or work is None or address is None:
+                values.setdefault(device, []).append(copy)
+                continue
+            key = (id(copy.source_region), id(copy.target_region), source.dtype)
+            kind = kinds.get(key)
+            if kind is None:
+                is_shareable = self.num_local > 1
+                kind = kinds[key] = _Kind.of(copy, source.dtype, plan.tp_size, is_shareable)
+            if kind.dtype != target.dtype:
+                values.setdefault(device, []).append(copy)
+                continue
+            file = numbers.get(source.file)
+            if file is None:
+                with located(source, copy.target, copy.part):
+                    file = opened.number(source.file)
+            is_direct = opened.is_cold[file]
+            if is_direct and kind.is_shared:
+                opened.files.will_need(source.file, source.offset_bytes, source.num_bytes)
+                is_direct = False
+            work.jobs.add(kind.piece, file, source.offset_bytes, address, is_direct)
+            work.copies.append(copy)
+            if kind.is_large:
+                work.large[id(target)] = target
+        straight = {device: work for device, work in works.items() if work and work.copies}
+        return straight, values
+
+    def _host(self) -> HostTransport:
+        host = HostTransport(
+            reader=self.reader, staging_bytes=self.limits.staging_bytes, moved=self.moved
+        )
+        if self.limits.num_threads is not None:
+            host.num_threads = self.limits.num_threads
+        return host
+
+    def _run_straight(
+        self,
+        plan: Plan,
+        work: _Straight,
+        opened: _Opened,
+        device: torch.device,
+        advance: Advance,
+    ) -> None:
+        if device.type == "cpu":
+            _advise(work.large.values())
+        jobs, owners = work.jobs.jobs()
+        engine = Engine(threads=num_threads(self.limits, self.num_local, device.type))
+        if any(opened.is_cold) or any(opened.is_remote):
+            engine.threads = max(engine.threads, COLD_THREADS)
+            engine.chunk_bytes = COLD_CHUNK_BYTES
+        before = engine.stats.moved_bytes
+        if device.type == "cuda":
+            engine.chunk_bytes = GPU_CHUNK_BYTES
+            fault = engine.run(jobs, opened.descriptors, device=self._gpu(device), advance=advance)
+        else:
+            fault = engine.run(jobs, opened.descriptors, advance=advance)
+        opened.files.count(engine.stats.read_bytes)
+        self.stats.add(engine.stats)
+        self.moved.read_bytes += engine.stats.read_bytes
+        self.moved.kept_bytes += engine.stats.moved_bytes - before
+        if fault is not None:
+            owner = work.copies[int(owners[min(fault.job, len(owners) - 1)])]
+            raise _problem(fault, plan.sources[owner.source], owner, opened)
+        self.moved.num_copies += len(work.copies)
+
+    def _gpu(self, device: torch.device) -> Gpu:
+        """The GPU's page-locked buffers, which the caller of this transport unlocks in the end."""
+        if self.gpus is None:
+            self.gpus = gpus_for(self.limits, self.num_local)
+        gpu = self.gpus.ready(device)
+        gpu.follow()
+        self.pinned_bytes = max(self.pinned_bytes, gpu.pinned_bytes)
+        return gpu
+
+    def _run_values(
+        self,
+        plan: Plan,
+        share: Share,
+        copies: list[Copy],
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        advance: Advance,
+    ) -> None:
+        if device.type == "cuda" and self.reader.files is not None:
+            self._run_on_device(plan, copies, tensors, device, advance)
+            return
+        rest = Share(ranks=share.ranks, copies=tuple(copies), fills=())
+        self._host().run(plan, rest, tensors, advance)
+
+    def _run_on_device(
+        self,
+        plan: Plan,
+        copies: Sequence[Copy],
+        tensors: Mapping[str, torch.Tensor],
+        device: torch.device,
+        advance: Advance,
+    ) -> None:
+        """Bytes as stored go to the GPU, a bounded amount at a time; there they are cast.
+
+        While one half of the room fills, what is in the other is written.
+        """
+        assert self.reader.files is not None, "only plain files are read by the engine"
+        opened = _Opened(self.reader.files, self.direct)
+        engine, gpu = Engine(chunk_bytes=GPU_CHUNK_BYTES), self._gpu(device)
+        half = max(min(self.limits.device_bytes, VALUES_BYTES) // 2, ALIGN_BYTES)
+        halves = [torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)]
+        before: list[_Landed] = []
+        for number, batch in enumerate(_batches(plan, copies, half)):
+            gpu.follow()  # the half that is filled now was read from a moment ago
+            room, write = halves[number % 2], partial(_write_all, before, tensors, plan)
+            self._fill(plan, batch, room, opened, engine, gpu, write)
+            self._note(before, plan, advance)
+            before = [_Landed(one.copy, one.inner, room, one.at) for one in batch]
+        _write_all(before, tensors, plan)
+        self._note(before, plan, advance)
+        torch.cuda.current_stream(device).synchronize()
+        self.stats.add(engine.stats)
+        self.moved.num_copies += len(copies)
+
+    def _note(self, landed: Sequence[_Landed], plan: Plan, advance: Advance) -> None:
+        for one in landed:
+            size = dtypes.storage_bytes(plan.sources[one.copy.source].dtype)
+            self.moved.kept_bytes += one.inner.num_elements * size
+            advance(one.inner.num_elements * size)
+
+    def _fill(
+        self,
+        plan: Plan,
+        batch: Sequence[_Landed],
+        room: torch.Tensor,
+        opened: _Opened,
+        engine: Engine,
+        gpu: Gpu,
+        write: Callable[[], None],
+    ) -> None:
+        address = writing.address(room)
+        assert address is not None, "new memory is dense"
+        pending = JobList()
+        for one in batch:
+            source = plan.sources[one.copy.source]
+            with located(source, one.copy.target, one.copy.part):
+                file = opened.number(source.file)
+            region = one.copy.source_region.compose(one.inner)
+            grid = common_runs(region, Region.whole(region.size))
+            piece = Piece(grid, dtypes.storage_bytes(source.dtype))
+            pending.add(piece, file, source.offset_bytes, address + one.at, False)
+        jobs, owners = pending.jobs()
+        read = engine.stats.read_bytes
+        fault = engine.run(jobs, opened.descriptors, device=gpu, meanwhile=write)
+        opened.files.count(engine.stats.read_bytes - read)
+        self.moved.read_bytes += engine.stats.read_bytes - read
+        if fault is not None:
+            owner = batch[int(owners[min(fault.job, len(owners) - 1)])].copy
+            raise _problem(fault, plan.sources[owner.source], owner, opened)
+
+
+@dataclass(slots=True)
+class _Landed:
+    """A box of a copy, `inner` in its own coordinates, whose bytes lie packed in `room` from `at` on."""
+
+    copy: Copy
+    inner: Region
+    room: torch.Tensor | None
+    at: int
+
+
+def _batches(plan: Plan, copies: Sequence[Copy], room_bytes: int) -> Iterator[list[_Landed]]:
+    """Boxes of copies, in file order, as many as fit the room at a time."""
+    batch: list[_Landed] = []
+    at = 0
+    for copy in sorted(copies, key=lambda copy: position(plan.sources[copy.source], copy)):
+        size = dtypes.storage_bytes(plan.sources[copy.source].dtype)
+        whole = Region.whole(copy.source_region.size)
+        fits = copy.source_region.num_elements * size <= room_bytes
+        boxes = [whole] if fits else list(blocks(whole, room_bytes // size))
+        for inner in boxes:
+            num_bytes = inner.num_elements * size
+            if at + num_bytes > room_bytes and batch:
+                yield batch
+                batch, at = [], 0
+            batch.append(_Landed(copy, inner, None, at))
+            at = -(-(at + num_bytes) // ALIGN_BYTES) * ALIGN_BYTES
+    if batch:
+        yield batch
+
+
+def _write_all(landed: Sequence[_Landed], tensors: Mapping[str, torch.Tensor], plan: Plan) -> None:
+    for one in landed:
+        assert one.room is not None, "what is written has landed"
+        source, target = plan.sources[one.copy.source], tensors[one.copy.target]
+        num_bytes = one.inner.num_elements * dtypes.storage_bytes(source.dtype)
+        values = one.room[one.at : one.at + num_bytes].view(dtypes.to_torch(source.dtype))
+        values = writing.permuted(values.view(one.inner.size), one.copy)
+        into = reordered(one.inner, one.copy.axes) if one.copy.axes else one.inner
+        with (
+            located(source, one.copy.target, one.copy.part),
+            torch.inference_mode(target.is_inference()),
+        ):
+            writing.check_values(values, target.dtype)
+            writing.write(target, one.copy.target_region.compose(into), values)
+
+
+def num_threads(limits: Limits, num_local: int, device_type: str) -> int:
+    """Threads that read on each of `num_local` ranks of this host."""
+    if limits.num_threads is not None:
+        return limits.num_threads
+    cores = max(1, _num_cores() // max(1, num_local))
+    return min(cores, MAX_GPU_THREADS if device_type == "cuda" else MAX_HOST_THREADS)
+
+
+def gpus_for(limits: Limits, num_local: int) -> Gpus:
+    """Page-locked memory for whatever GPU is asked for; unlocked when it is closed."""
+    return Gpus(
+        threads=num_threads(limits, num_local, "cuda"),
+        depth=DEPTH,
+        buffer_bytes=GPU_CHUNK_BYTES + 2 * engines.BLOCK_BYTES,
+        pinned_bytes=limits.pinned_bytes,
+    )
+
+
+def _is_shared(copy: Copy, grid: Grid, tp_size: int) -> bool:
+    """Whether other ranks need bytes from the same pages of the file: rows that are cut, or
+    elements that several ranks keep.
+    """
+    region = copy.source_region
+    return grid.num_runs > 1 or region.num_elements * tp_size > prod(region.shape)
+
+
+class _Opened:
+    """The files of a run, numbered as jobs number them."""
+
+    def __init__(self, files: ByteReader, direct: bool | None) -> None:
+        self.names: list[str] = []
+        self.descriptors: list[tuple[int, int]] = []
+        self.is_cold: list[bool] = []
+        self.is_remote: list[bool] = []
+        self.files = files
+        self._direct = direct
+        self.numbers: dict[str, int] = {}
+
+    def number(self, file: str) -> int:
+        """The number of a file. Raises a FileError."""
+        known = self.numbers.get(file)
+        if known is not None:
+            return known
+        fd = self.files.descriptor(file)
+        remote = bool(is_remote(fd))
+        cold = self._direct if self._direct is not None else not remote and self._is_cold(fd, file)
+        direct_fd = self.files.direct_descriptor(file) if cold else -1
+        self.names.append(file)
+        self.descriptors.append((fd, direct_fd))
+        self.is_cold.append(cold and direct_fd >= 0)
+        self.is_remote.append(remote)
+        self.numbers[file] = len(self.names) - 1
+        return self.numbers[file]
+
+    def _is_cold(self, fd: int, file: str) -> bool:
+        size = self.files.file_bytes(file)
+        found = resident_bytes(fd, size)
+        return found is not None and found < WARM * size
+
+
+def _advise(targets: Iterable[torch.Tensor]) -> None:
+    """Huge pages for large memory that nobody has touched yet: fewer faults while it is filled."""
+    engine = native_engine()
+    if engine is None:
+        return
+    for target in targets:
+        address = writing.address(target)
+        if address is not None:
+            engine.advise(address, target.nbytes)
+
+
+def _problem(fault: Fault, source: Source, copy: Copy, opened: _Opened) -> LadingError:
+    """The fault of a run as an error about the copy that met it."""
+    if fault.kind == engines.FAILED_CUDA:
+        error: LadingError = cuda_problem(fault.code, "cannot take the parameters")
+        return error.located(subject=copy.target, part=copy.part, file=source.file)
+    if fault.kind == engines.NO_MEMORY:
+        return DeviceError(f"cannot start: {os.strerror(fault.code)}", subject="the engine")
+    try:
+        with located(source, copy.target, copy.part):
+            if fault.kind == engines.FILE_ENDED:
+                size = opened.files.file_bytes(source.file)
+                raise ended(source.file, fault.wanted, fault.offset, fault.got, size)
+            raise read_problem(source.file, fault.code, fault.offset)
+    except FileError as found:
+        return found
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1
