@@ -272,11 +272,9 @@ def main() -> None:
 def sweep(bench: Bench) -> None:
     """Threads, chunk and depth of the engine."""
     for threads, chunk, depth in (
-        (4, 8, 2), (8, 1, 2), (8, 2, 2), (8, 4, 2), (8, 8, 2), (8, 2, 4), (12, 2, 2),
-        (16, 1, 2), (16, 2, 2), (16, 2, 3), (16, 4, 2), (16, 8, 2), (24, 2, 2),
+        (8, 2, 2), (10, 2, 2), (12, 1, 4), (12, 2, 2), (12, 2, 3), (14, 2, 2), (15, 1, 4), (15, 2, 2),
     ):  # fmt: skip
         moving.GPU_CHUNK_BYTES, moving.DEPTH = chunk << 20, depth
-        moving.MAX_GPU_THREADS = threads
         limits = lading.Limits(num_threads=threads)
         took = []
         for _ in range(4):

@@ -11,6 +11,7 @@ has to succeed and leave nothing but its result. Exits 1 where that is not so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
@@ -19,13 +20,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 from lading.demo import write_checkpoint
 from lading.errors import FileError
-from lading.sharding import merge, reshard_files, shard
+from lading.sharding import shard
 
 CODE = """
 import sys
@@ -68,11 +70,10 @@ def run(process: subprocess.Popen[str], seconds: float | None) -> float:
     began = time.perf_counter()
     process.stdin.write("go\n")
     process.stdin.flush()
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
+    if seconds is not None:
+        time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+    process.wait()
     took = time.perf_counter() - began
     process.stdin.close()
     if process.stdout is not None:
@@ -129,6 +130,15 @@ def kills(base: Path, times: int, random_state: random.Random) -> int:
     return wrong
 
 
+def take(disk: Path, num_bytes: int) -> None:
+    """Takes space away as soon as somebody else has begun to write."""
+    while num_bytes and not any(disk.glob(".out.*.lading")):
+        time.sleep(0.0005)
+    if num_bytes:
+        with contextlib.suppress(OSError), open(disk / "taken", "wb") as file:
+            file.write(bytes(num_bytes))
+
+
 def full_disk(base: Path) -> int:
     """The same on tmpfs of sizes up to what is needed; how many times something was not right."""
     original = base / "full-original"
@@ -139,22 +149,26 @@ def full_disk(base: Path) -> int:
     disk = base / "disk"
     disk.mkdir()
     wrong = 0
-    for share in (0.05, 0.5, 0.9, 1.0, 1.5):
+    for share, taken in ((0.05, 0.0), (0.9, 0.0), (1.5, 0.0), (1.5, 0.6), (1.2, 0.9)):
         subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={int(share * size)}", "tmpfs", str(disk)],
             check=True,
         )
         try:
+            taker = threading.Thread(target=take, args=(disk, int(taken * size)))
+            taker.start()
             try:
                 shard(original, tp_size=2, out=disk / "out")
                 message = "written"
             except FileError as error:
                 message = str(error)
-            left = sorted(os.listdir(disk))
+            taker.join()
+            left = sorted(set(os.listdir(disk)) - {"taken"})
             is_right = left == (["out"] if message == "written" else [])
             is_right = is_right and hashes(original) == before
             wrong += not is_right
-            print(f"disk of {share:.0%}: {message} {'' if is_right else f'LEFT {left}'}")
+            found = message if is_right else f"{message} WRONG: left {left}"
+            print(f"disk of {share:.0%}, {taken:.0%} taken on the way: {found}")
         finally:
             subprocess.run(["umount", str(disk)], check=True)
     return wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,8 +61,9 @@ NAMES = {
 }
 
 
+@functools.cache
 def of_folder(folder: Path) -> Mapping[str, str]:
-    """Every tensor's digest, as the safetensors library reads it."""
+    """Every tensor's digest, as the safetensors library reads it; worked out once a folder."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:

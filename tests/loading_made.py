@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,33 @@ def local(full: Mapping[str, torch.Tensor], ranks: Ranks, kv_heads: int) -> dict
     for name in ("o_proj.weight", "down_proj.weight"):
         found[name] = torch.stack(rows(full[name].T, size), dim=1)
     return found
+
+
+def break_disk(file: Path) -> None:
+    """From now on this process's open descriptors of a file answer reads with EIO."""
+    memory = os.open("/proc/self/mem", os.O_RDONLY)  # nothing is mapped at a file's offsets
+    for fd in os.listdir("/proc/self/fd"):
+        link = Path("/proc/self/fd", fd)
+        if link.is_symlink() and os.readlink(link) == str(file.resolve()):
+            os.dup2(memory, int(fd), inheritable=False)
+    os.close(memory)
+
+
+class Spoiling:
+    """A progress object at whose start, when all has been checked and nothing read, something
+    happens. It remembers its calls.
+    """
+
+    def __init__(self, spoil: Callable[[], None] = lambda: None) -> None:
+        self.calls: list[Any] = []
+        self._spoil = spoil
+
+    def start(self, total_bytes: int) -> None:
+        self.calls.append(("start", total_bytes))
+        self._spoil()
+
+    def advance(self, num_bytes: int) -> None:
+        self.calls.append(num_bytes)
+
+    def finish(self) -> None:
+        self.calls.append("finish")

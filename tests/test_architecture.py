@@ -19,17 +19,17 @@ ROOMS = (
     *("errors", "collecting", "dtypes", "regions", "views", "digest_rows", "digests"),
     *("ranks", "layouts", "specs", "layers", "names"),
     *("checkpoint", "proof", "binding", "plan", "routes", "messages", "json_values", "plan_json"),
-    *("manifest", "bands", "sharded", "digest_report", "file_digests"),
+    *("manifest", "bands", "shard_plans", "sharded", "digest_report", "file_digests"),
     # parameters, layers, the verbs
     *("writing", "tensor_digests", "owners", "ledger", "parameter", "schemes", "nn", "transport"),
     *("models", "preflight", "explaining", "gguf"),
     *("loading", "pretrained", "decoding", "live", "replicas"),
     *("model_digests", "digesting"),
     *("export_plan", "filling", "exporting", "carrying", "resharding", "update", "engines"),
-    *("moving", "sharding"),
+    *("moving", "shard_writing", "sharding", "foreign_shards"),
     # processes, checks, eyes
-    *("progress", "launch", "verify", "report", "draw", "demo"),
-    *("cli_running", "cli_back", "cli", "__main__"),
+    *("progress", "launch", "verify", "ceilings", "peers", "bench", "report", "draw", "demo"),
+    *("cli_running", "cli_back", "cli_bench", "cli", "__main__"),
 )
 """From the top down: a file imports only from rooms above its own, and from its own."""
 
@@ -72,6 +72,8 @@ UNTESTED = {
     "carrying": "by those of resharding, of which it is a part",
     "cli_running": "by those of the CLI, whose commands share it",
     "moving": "by those of sharding, whose verbs it runs",
+    "shard_plans": "by those of sharding, whose verbs use it",
+    "shard_writing": "by those of sharding, whose verbs use it",
     "__main__": "one line, run by the tests of the CLI",
     "checkpoint.sources": "values and readers, by those of checkpoint.index and .files",
     "models.building": "by those of models.decoder",
@@ -81,8 +83,10 @@ UNTESTED = {
     "digest_rows": "by those of digests, of which it is a part",
     "digest_report": "by those of file_digests and model_digests, which make reports",
     "report.digests": "by those of digesting, whose commands print it",
+    "report.benches": "by those of bench, whose values it prints",
     "report.blocks": "by those of report, of which it is a part",
     "report.explained": "by those of cli_back, which prints it",
+    "report.exports": "by those of exporting, which run the command",
     "report.files": "by those of report, of which it is a part",
     "report.folding": "by those of report, of which it is a part",
     "report.loads": "by those of report, of which it is a part",
@@ -240,7 +244,7 @@ FORBIDDEN = [
         ("checkpoint.files", "checkpoint.torch_files", "verify"),
         called("torch.load"),
     ),
-    Forbidden("the safetensors library", ("verify", "demo"), imported("safetensors")),
+    Forbidden("the safetensors library", ("verify", "demo", "peers"), imported("safetensors")),
     # torch_files fills the buffer that a reader was given: bytes, whosever they are.
     Forbidden(
         "writing into tensors",

@@ -18,7 +18,7 @@ def enabled() -> Iterator[None]:
     (gc.enable if was else gc.disable)()
 
 
-@uncollected
+@uncollected()
 def is_collected(depth: int, *, fail: bool = False) -> list[bool]:
     if fail:
         raise ValueError("as asked")

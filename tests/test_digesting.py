@@ -88,11 +88,8 @@ def test_against_another(folder: str, tmp_path: Path) -> None:
     assert result.exit_code == 1
     *_, head, last = result.stdout.splitlines()
     assert head == f"✗ 1 tensor differ from those of {tmp_path}:"
-    changed = [
-        name
-        for name, value in oracle.of_folder(tmp_path).items()
-        if value != oracle.of_folder(Path(folder))[name]
-    ]
+    before = oracle.of_folder(Path(folder))
+    changed = [n for n, value in oracle.of_folder(tmp_path).items() if value != before[n]]
     assert len(changed) == 1
     assert last.startswith(f"  {changed[0]}: has digests ")
     value = json.loads(run("digest", folder, "--against", str(tmp_path), "--json").stdout)

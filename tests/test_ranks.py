@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from lading import launch
 from lading import ranks as ranks_module
 from lading.errors import CallError
 from lading.ranks import Ranks, all_ranks, as_current, current, explicit_current, set_current

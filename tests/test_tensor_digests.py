@@ -83,6 +83,15 @@ def test_blocks_of_devices(shape: tuple[int, int], monkeypatch: pytest.MonkeyPat
     assert found == oracle.lanes(shape[1], raw_of(tensor))
 
 
+def test_words_of_bytes_that_begin_anywhere() -> None:
+    """Two bytes are a word of their tensor, wherever they lie in the memory of another."""
+    memory = random_tensor("U8", (3 + 5 * 70,))
+    values = memory[3:].view(5, 70)
+    assert values.is_contiguous()
+    found = on_device("U8", (5, 70), Region.whole((5, 70)), values)
+    assert found == oracle.lanes(70, raw_of(values))
+
+
 @given(oracles.copies("s", "t", (6, 5, 40)), st.sampled_from(["BF16", "I32", "U8"]))
 def test_copies(copy: Any, code: str) -> None:
     """Read from the parameter, whatever its order of dims and steps, it is the tensor's region."""

@@ -200,3 +200,14 @@ def test_same_bits() -> None:
         one = torch.ones(2).to(dtype)
         assert writing.same_bits(one, one.clone())
         assert not writing.same_bits(one, torch.tensor([1.0, 0.0]).to(dtype))
+
+
+def test_one_element_with_any_stride_is_memory_too() -> None:
+    # torch calls it contiguous, and refuses to see its bytes.
+    for dtype in (torch.int32, torch.float64):
+        one = torch.arange(6).to(dtype).as_strided((1, 1), (1, 2), 2)
+        assert one.is_contiguous()
+        assert writing.same_bits(one, torch.tensor([[2]], dtype=dtype))
+        found = writing.memory(one, Region.whole((1, 1)))
+        assert found is not None
+        assert bytes(found) == torch.tensor([2], dtype=dtype).numpy().tobytes()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lading.digesting import digest
     from lading.errors import LadingError, PlanError
     from lading.exporting import ExportReport, export
+    from lading.foreign_shards import describe_shards
     from lading.loading import LoadReport, load
     from lading.names import Names, SkipRule
     from lading.nn import check_loaded, start_load
@@ -46,6 +47,7 @@ __all__ = [
     "all_ranks",
     "check_loaded",
     "dequantize",
+    "describe_shards",
     "digest",
     "export",
     "from_pretrained",
@@ -77,6 +79,7 @@ _HOMES = {
     "all_ranks": "ranks",
     "check_loaded": "nn",
     "dequantize": "decoding",
+    "describe_shards": "foreign_shards",
     "digest": "digesting",
     "export": "exporting",
     "from_pretrained": "pretrained",

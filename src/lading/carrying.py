@@ -83,9 +83,7 @@ class Carrier:
                 assert self._wanted[name].shape == tensor.shape, "the stored form, with memory"
         place = torch.device("cpu")
         if self.on_gpu:
-            place = loading.default_device(self.place)
-            for tensor in (*self._held.values(), *self._wanted.values()):
-                place = tensor.device if tensor.is_cuda else place
+            place = torch.device("cuda", torch.cuda.current_device())
         exchanges = self.todo.exchanges
         sizes = (
             max((one.sent_bytes for one in exchanges), default=0),

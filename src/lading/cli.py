@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from lading import cli_back
+from lading import cli_back, cli_bench
 from lading.cli_running import (
     STREAM_ERRORS,
     Device,
@@ -428,3 +428,4 @@ def _checks_json(checks: Sequence[RankCheck]) -> dict[str, Any]:
 
 
 app.add_typer(cli_back.app)
+app.add_typer(cli_bench.app)

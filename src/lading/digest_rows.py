@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "Tile",
     "Weights",
     "byte_weights",
+    "column_parts",
     "row_weights",
     "splitmix64",
     "tiles_of",
@@ -247,6 +249,18 @@ def weights_of(columns: Array | range, item: int) -> Weights:
         return _weights(byte_weights(columns), are_words=False)
     words: Array = columns[:, None] * (item // 2) + np.arange(item // 2)
     return _weights(word_weights(words.reshape(-1)), are_words=True)
+
+
+def column_parts(columns: Array | range, item: int) -> list[tuple[slice, Weights]]:
+    """The columns in parts, each with its weights: bytes at the ends of a range that have no other
+    byte of their word beside them are parts of their own.
+    """
+    if item > 1 or not isinstance(columns, range) or len(columns) < 3:
+        return [(slice(None), weights_of(columns, item))]
+    bounds = sorted({0, columns.start % 2, len(columns) - columns.stop % 2, len(columns)})
+    return [
+        (slice(low, high), weights_of(columns[low:high], item)) for low, high in pairwise(bounds)
+    ]
 
 
 @lru_cache(maxsize=8)

@@ -33,10 +33,11 @@ def digest(
     group   for a model: of all ranks; the default group where it is this rank's
 
     Of a model: padding is no part of it; a tied tensor's twin has the same digest as the tensor;
-    constants and skipped tensors, of which no rank holds anything, are in `left_out`.
+    constants and skipped tensors, of which no rank holds anything, are in `left_out`. Values count
+    in the checkpoint's dtype, as an export would write them: those that a load has rounded differ.
 
     Raises what opening the files raises; a CallError for a model whose origin or other ranks are
-    unknown, a PlanError where parameters have lost bits of their checkpoint's.
+    unknown, a PlanError where the checkpoint's dtype does not hold a parameter's values.
 
     Example: `lading.digest("DIR").differences(lading.digest(model))` -> () where the model has what
     the folder has.

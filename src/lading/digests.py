@@ -59,9 +59,9 @@ from lading.digest_rows import (
     ONES,
     Tile,
     byte_weights,
+    column_parts,
     row_weights,
     tiles_of,
-    weights_of,
     word_weights,
 )
 from lading.errors import CallError
@@ -83,8 +83,8 @@ CHUNK_WORDS = 2**11
 SPAN_WORDS = 2**13
 """Words of a row that are converted together: reading them goes faster than by the chunk."""
 
-PRODUCT_ROWS = 16
-"""Rows of one matrix product: so small that no BLAS starts threads of its own for it."""
+PRODUCT_WORDS = 2**15
+"""Words of one matrix product: times six lanes below 2^18, from where OpenBLAS starts threads."""
 
 BLOCK_WORDS = 2**18
 """Words converted at a time, 2 MiB of float64."""
@@ -262,17 +262,16 @@ _thread = _Thread()
 
 def grid_sums(tile: Tile, data: Array, item: int) -> Array:
     """uint64 [lanes] of a grid; data has its elements in order."""
-    weights = weights_of(tile.columns, item)
-    num_units = len(weights.floats)
     data = data.reshape(len(tile.rows), len(tile.columns))
     lanes = np.zeros(NUM_LANES, np.uint64)
-    for at in range(0, len(tile.rows), BLOCK_ROWS):
-        units = _units(data[at : at + BLOCK_ROWS], weights.are_words)
-        sums = np.tile(weights.ones, (len(units), 1))
-        for low in range(0, num_units, SPAN_WORDS):
-            high = low + SPAN_WORDS
-            _add_products(sums, units[:, low:high], weights.floats[low:high])
-        lanes += (sums * row_weights(tile.rows[at : at + BLOCK_ROWS])).sum(0, dtype=np.uint64)
+    for columns, weights in column_parts(tile.columns, item):
+        for at in range(0, len(tile.rows), BLOCK_ROWS):
+            units = _units(data[at : at + BLOCK_ROWS, columns], weights.are_words)
+            sums = np.tile(weights.ones, (len(units), 1))
+            for low in range(0, units.shape[1], SPAN_WORDS):
+                high = low + SPAN_WORDS
+                _add_products(sums, units[:, low:high], weights.floats[low:high])
+            lanes += (sums * row_weights(tile.rows[at : at + BLOCK_ROWS])).sum(0, dtype=np.uint64)
     return lanes
 
 
@@ -290,7 +289,7 @@ def _units(data: Array, are_words: bool) -> Array:
 def _add_products(sums: Array, units: Array, weights: Array) -> None:
     """sums += units @ weights, exactly: at most SPAN_WORDS units, CHUNK_WORDS in a product."""
     num_units = units.shape[1]
-    step = BLOCK_WORDS // num_units // PRODUCT_ROWS * PRODUCT_ROWS
+    step = BLOCK_WORDS // num_units
     products = np.empty((min(step, len(units)), NUM_LANES))
     for at in range(0, len(units), step):
         part = units[at : at + step]
@@ -303,12 +302,13 @@ def _add_products(sums: Array, units: Array, weights: Array) -> None:
 
 
 def _multiply(block: Array, weights: Array, products: Array) -> None:
-    """products = block @ weights."""
+    """products = block @ weights, in products so small that no BLAS starts threads for them."""
     rows, num_units = block.shape
-    even = rows // PRODUCT_ROWS * PRODUCT_ROWS
+    together = max(PRODUCT_WORDS // num_units, 1)
+    even = rows // together * together
     if even:
-        stack = block[:even].reshape(-1, PRODUCT_ROWS, num_units)
-        np.matmul(stack, weights, out=products[:even].reshape(-1, PRODUCT_ROWS, NUM_LANES))
+        stack = block[:even].reshape(-1, together, num_units)
+        np.matmul(stack, weights, out=products[:even].reshape(-1, together, NUM_LANES))
     if even < rows:
         np.matmul(block[even:], weights, out=products[even:rows])
 

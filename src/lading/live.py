@@ -146,7 +146,7 @@ def bytes_of(values: torch.Tensor, dtype: str) -> memoryview:
     values = _as_stored(values.detach(), dtypes.to_torch(dtype))
     if values.element_size() == 1:
         values = values.view(torch.uint8)  # not every torch copies fp4 otherwise
-    flat = values.contiguous().reshape(-1).view(torch.uint8).cpu()
+    flat = writing.byte_view(values.contiguous()).cpu()
     if not flat.numel():
         return memoryview(b"")
     array: Any = flat.numpy()  # its stubs declare no buffer
@@ -157,7 +157,7 @@ def has_bits(values: torch.Tensor) -> bool:
     """Whether any bit is set; -0.0 has one."""
     if values.element_size() == 1:
         values = values.view(torch.uint8)
-    return bool(values.contiguous().reshape(-1).view(torch.uint8).any())
+    return bool(writing.byte_view(values.contiguous()).any())
 
 
 def _as_stored(values: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:

@@ -11,13 +11,12 @@ half-way it is marked, and its forward pass refuses until a load succeeds.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,6 +25,7 @@ from torch import nn
 from lading import dtypes, owners
 from lading import ranks as ranks_module
 from lading.checkpoint import Checkpoint
+from lading.collecting import uncollected
 from lading.errors import (
     CallError,
     DeclarationError,
@@ -41,7 +41,7 @@ from lading.plan import Plan, Share, Target, make_plan
 from lading.ranks import Ranks
 from lading.regions import Region
 from lading.sharded import open_any, reading
-from lading.transport import Limits, Moved, Transport, gpus_for
+from lading.transport import Limits, Moved, Stats, Transport, gpus_for
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,6 +76,8 @@ class LoadReport:
     num_copies          copies executed
     casts               (parameter, stored dtype, parameter dtype) where values were rounded
     skipped             (checkpoint tensor, reason)
+    plan_seconds, move_seconds   of them until the plan was proved; in the transport
+    stats, pinned_bytes   what the transport's threads did; page-locked memory that they used
     """
 
     ranks: Ranks
@@ -87,6 +89,10 @@ class LoadReport:
     num_copies: int
     casts: tuple[tuple[str, str, str], ...]
     skipped: tuple[tuple[str, str], ...]
+    plan_seconds: float = 0.0
+    move_seconds: float = 0.0
+    stats: Stats = field(default_factory=Stats)
+    pinned_bytes: int = 0
 
     def __str__(self) -> str:
         giga, rate = self.checkpoint_bytes / 1e9, self.checkpoint_bytes / 1e9 / self.seconds
@@ -192,6 +198,7 @@ def run_load(
     """Prepares, agrees, executes, agrees, and only then hands the memory to the model."""
     group = ranks_module.group_of(ranks, group)
     began = time.perf_counter()
+    lasted: dict[str, float] = {}
 
     def begin() -> tuple[torch.device, Prepared]:
         # Also what only this rank can get wrong, a GPU that is gone, say, is everyone's verdict.
@@ -199,10 +206,13 @@ def run_load(
         if place.type == "cuda":
             torch.cuda.set_device(place)
             gpus.begin(place)
-        return place, prepare()
+        started = time.perf_counter()
+        prepared = prepare()
+        lasted["plan"] = time.perf_counter() - started
+        return place, prepared
 
     # Under inference_mode the memory could not be written by the transport's threads.
-    with torch.inference_mode(False), _without_collector(), ExitStack() as stack:
+    with torch.inference_mode(False), uncollected(), ExitStack() as stack:
         use, num_local = limits or Limits(), ranks_module.num_local(group)
         gpus = stack.enter_context(gpus_for(use, num_local))
         place, prepared = agreed(begin, lambda done: done[1].plan.digest, group)
@@ -221,7 +231,10 @@ def run_load(
                 name: memory_for(tensor, place) if tensor.is_meta else tensor.detach()
                 for name, tensor in tensors.items()
             }
-            return memory, _execute(todo, todo.share(ranks), transport, memory, progress)
+            started = time.perf_counter()
+            moved = _execute(todo, todo.share(ranks), transport, memory, progress)
+            lasted["move"] = time.perf_counter() - started
+            return memory, moved
 
         transport, todo = agreed(compare, _no_facts, group)
         tensors = _tensors_of(model, plan)
@@ -235,21 +248,14 @@ def run_load(
         install(model, plan, memory)
     allow_forward(model)
     _origins[model] = Origin(plan=plan, checkpoint=prepared.checkpoint)
-    return model, _report(plan, ranks, moved, time.perf_counter() - began)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Planning makes many objects and no cycles: a collection in its midst walks through all that
-    torch has made, for as long as a tenth of a load, and finds nothing.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    report = _report(plan, ranks, moved, time.perf_counter() - began)
+    return model, replace(
+        report,
+        plan_seconds=lasted["plan"],
+        move_seconds=lasted["move"],
+        stats=transport.stats,
+        pinned_bytes=transport.pinned_bytes,
+    )
 
 
 def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
@@ -506,7 +512,8 @@ def install(model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor]) ->
         if isinstance(tensor, BasevLLMParameter):
             tensor._ledger.start()
             tensor._ledger.note(tensor, Region.whole(tensor.shape))
-            tensor.stored_order = ()  # the file had its dims in the order that they have now
+            if tensor.stored_order:
+                tensor.stored_order = ()  # the file had its dims in the order that they have now
 
 
 def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Tensor) -> None:

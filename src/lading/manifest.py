@@ -104,6 +104,11 @@ class OriginalFile:
     num_bytes: int
     header: str
 
+    @staticmethod
+    def of_head(name: str, num_bytes: int, head: bytes) -> OriginalFile:
+        """The file that begins with these bytes: the header's length, and the header."""
+        return OriginalFile(name=name, num_bytes=num_bytes, header=head[PREFIX_BYTES:].decode())
+
     @property
     def head(self) -> bytes:
         """The first bytes of the file: the header's length, and the header."""

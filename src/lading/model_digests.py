@@ -89,8 +89,8 @@ class Mine:
 def held_by(model: nn.Module, ranks: Ranks) -> Mine:
     """The sums of every piece that this rank holds.
 
-    Raises a CallError for a model that `load` did not fill, a PlanError with every parameter that
-    has lost bits of its checkpoint tensor.
+    Raises a CallError for a model that `load` did not fill, a PlanError with every tensor of the
+    checkpoint whose dtype does not hold the parameter's values.
     """
     origin = origin_of(model)
     if origin is None:

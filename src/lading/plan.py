@@ -192,7 +192,7 @@ class Plan:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-@uncollected
+@uncollected()
 def make_plan(
     targets: Iterable[Target],
     sources: Mapping[str, Source],

@@ -136,12 +136,16 @@ def reshard(
     """
     began = time.perf_counter()
     group, place = ranks_module.meeting(group)
+
+    def look() -> _Own:
+        if buffer_bytes < 1:
+            raise CallError(f"is {buffer_bytes}, needs at least 1", subject="buffer_bytes")
+        own = _look(source, target, source_ranks, target_ranks)
+        _choose_gpu(own, loading.place_of(device, place), place, group)
+        return own
+
     with torch.inference_mode(False):
-        own: _Own = agreed(
-            lambda: _look(source, target, source_ranks, target_ranks, buffer_bytes),
-            _nothing,
-            group,
-        )
+        own: _Own = agreed(look, _nothing, group)
         offers = ranks_module.exchange(own.offer, group)
         work: Carrier
         work, _ = agreed(
@@ -185,10 +189,7 @@ def _look(
     target: nn.Module | None,
     source_ranks: Ranks | None,
     target_ranks: Ranks | None,
-    buffer_bytes: int,
 ) -> _Own:
-    if buffer_bytes < 1:
-        raise CallError(f"is {buffer_bytes}, needs at least 1", subject="buffer_bytes")
     if target is not None and source is target:
         raise CallError("is the source itself, needs another model", subject="target")
     held = wanted = None
@@ -269,6 +270,17 @@ def _check_not_packed(model: nn.Module) -> None:
     ]
     if problems:
         raise PlanError(problems, what="the target model")
+
+
+def _choose_gpu(own: _Own, default: torch.device, place: Ranks, group: ProcessGroup | None) -> None:
+    """Makes this process' GPU the current one: NCCL's own calls go by that."""
+    models = [live for live in (own.source, own.target) if live is not None]
+    tensors = [tensor for live in models for tensor in live.tensors.values()]
+    found = next((tensor.device for tensor in tensors if tensor.is_cuda), default)
+    if found.type != "cuda" and group is not None and not ranks_module.carries(group, "cpu"):
+        found = loading.default_device(place)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
 
 
 def _side(model: nn.Module | Plan | None, live: Live | None) -> _Side | None:

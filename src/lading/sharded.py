@@ -45,6 +45,8 @@ from lading.manifest import (
     MAX_MANIFEST_BYTES,
     REST,
     Manifest,
+    OriginalFile,
+    OriginalIndex,
     data_bytes_of_rank,
     header_of_rank,
     header_of_rest,
@@ -62,6 +64,20 @@ __all__ = ["Sharded", "is_sharded", "open_any", "open_sharded", "reading"]
 Path = str | os.PathLike[str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """What a pre-sharded folder knows of the checkpoint that it comes from.
+
+    sources   the tensors where the original files have them
+    others    (path of the file to copy, name)
+    """
+
+    files: tuple[OriginalFile, ...]
+    sources: Mapping[str, Source]
+    index: OriginalIndex | None
+    others: tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sharded:
     """Files that hold the parameters of T ranks.
@@ -71,7 +87,8 @@ class Sharded:
     stored      by rank: where each parameter is
     rest        where the tensors are that no rank keeps
     file_bytes  the size of each of these files
-    manifest    None where the folder has none
+    manifest    None where the folder has none: then `original` says what `merge` writes
+    form        the plan whose layouts hold for other numbers of ranks, where that is not `plan`
     """
 
     folder: str
@@ -82,11 +99,14 @@ class Sharded:
     manifest: Manifest | None = None
     config: Mapping[str, Any] | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    original: Original | None = None
+    form: Plan | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The original checkpoint, served from the ranks' files."""
-        files = self.manifest.files if self.manifest is not None else ()
+        origin = self.manifest or self.original
+        files = origin.files if origin is not None else ()
         return Checkpoint(
             folder=self.folder,
             tensors=self.sources,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lading import dtypes, writing
-from lading.digest_rows import NUM_LANES, Tile, row_weights, tiles_of, weights_of
+from lading.digest_rows import NUM_LANES, Tile, column_parts, row_weights, tiles_of
 from lading.digests import Sums, check_region, point_sums, row_bytes, sums_of
 from lading.errors import CallError
 from lading.regions import Copy, Region
@@ -66,23 +66,27 @@ def _array(bits: torch.Tensor) -> Any:
 
 def grid_sums(tile: Tile, bits: torch.Tensor, item: int) -> torch.Tensor:
     """int64 [lanes] of a grid, on the tensor's device: `digests.grid_sums` in integers."""
-    weights = weights_of(tile.columns, item)
-    device = bits.device
-    lane_weights = torch.from_numpy(np.ascontiguousarray(weights.integers.T)).to(device)
-    ones = torch.from_numpy(weights.ones.view(np.int64)[:, None]).to(device)
     bits = bits.reshape(len(tile.rows), len(tile.columns))
-    lanes = torch.zeros(NUM_LANES, dtype=torch.int64, device=device)
-    step = max(BLOCK_UNITS // len(weights.integers), 1)
-    for at in range(0, len(tile.rows), step):
-        units = bits[at : at + step]
-        if weights.are_words:
-            units = units.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
-        else:
-            units = units.to(torch.int64)
-        sums = torch.stack([(units * weight).sum(1) for weight in lane_weights]) + ones
-        rows = row_weights(tile.rows[at : at + step]).view(np.int64)
-        lanes += (sums * torch.from_numpy(np.ascontiguousarray(rows.T)).to(device)).sum(1)
+    lanes = torch.zeros(NUM_LANES, dtype=torch.int64, device=bits.device)
+    for columns, weights in column_parts(tile.columns, item):
+        of_lanes = torch.from_numpy(np.ascontiguousarray(weights.integers.T)).to(bits.device)
+        ones = torch.from_numpy(weights.ones.view(np.int64)[:, None]).to(bits.device)
+        step = max(BLOCK_UNITS // len(weights.integers), 1)
+        for at in range(0, len(tile.rows), step):
+            units = _units(bits[at : at + step, columns], weights.are_words)
+            sums = torch.stack([(units * weight).sum(1) for weight in of_lanes]) + ones
+            rows = np.ascontiguousarray(row_weights(tile.rows[at : at + step]).T)
+            lanes += (sums * torch.from_numpy(rows.view(np.int64)).to(bits.device)).sum(1)
     return lanes
+
+
+def _units(bits: torch.Tensor, are_words: bool) -> torch.Tensor:
+    """[rows, elements] -> int64 [rows, words] or [rows, bytes]."""
+    if not are_words:
+        return bits.to(torch.int64)
+    if bits.storage_offset() % 2 or not bits.is_contiguous():
+        bits = bits.clone(memory_format=torch.contiguous_format)  # words begin anywhere
+    return bits.view(torch.int16).to(torch.int64) & 0xFFFF
 
 
 def copy_sums(copy: Copy, dtype: str, shape: tuple[int, ...], tensor: torch.Tensor) -> Sums:

@@ -59,6 +59,14 @@ def fill(target: torch.Tensor, region: Region) -> None:
     view_of(target, region).zero_()
 
 
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory as uint8 [number of bytes]."""
+    flat = tensor.reshape(-1)
+    if flat.stride() != (1,):  # contiguous is also one element with any stride
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
+
+
 def memory(target: torch.Tensor, region: Region) -> memoryview | None:
     """The writable bytes of a region of a CPU parameter, None where they are not contiguous."""
     if target.device.type != "cpu" or not target.is_contiguous():
@@ -66,7 +74,7 @@ def memory(target: torch.Tensor, region: Region) -> memoryview | None:
     view = view_of(target, region)
     if not view.is_contiguous():
         return None
-    flat = view.detach().reshape(-1).view(torch.uint8)
+    flat = byte_view(view.detach())
     array: Any = flat.numpy()  # its stubs declare no buffer
     return memoryview(array).cast("B") if flat.numel() else memoryview(bytearray())
 
@@ -125,5 +133,5 @@ def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
     if one.shape != two.shape or one.dtype != two.dtype:
         return False
     # As bytes: not every dtype can be compared (float4), and -0.0 is not 0.0.
-    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)]
+    bits = [byte_view(tensor.detach().contiguous()) for tensor in (one, two)]
     return torch.equal(*bits)

@@ -40,8 +40,8 @@ HERE = settings(
 )
 
 
-def room(engine: Engine) -> int:
-    return engine.chunk_bytes + 2 * BLOCK_BYTES
+UNIT = 4 * BLOCK_BYTES
+"""The smallest of runs on a GPU."""
 
 
 @HERE
@@ -49,14 +49,14 @@ def room(engine: Engine) -> int:
 def test_all_ways_give_the_same(data: st.DataObject, tmp_path: Path) -> None:
     work = data.draw(works())
     threads, depth = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
-    chunk = data.draw(st.sampled_from([4096, 6000, 8192, 1 << 20]))
+    chunk = data.draw(st.sampled_from([4096, 6000, 8192, UNIT, UNIT, 20_000, 1 << 20]))
     gap = data.draw(st.sampled_from([0, 64, 2048]))
     counted: dict[bool, list[Stats]] = {True: [], False: []}
     with opened(work.write(tmp_path), direct=True) as files:
         for native in [True, False] if native_engine() else [False]:
-            for on_gpu in (False, True):
+            for on_gpu in (False, True) if chunk >= UNIT else (False,):
                 engine = Engine(threads=threads, chunk_bytes=chunk, gap_bytes=gap, native=native)
-                gpu = FakeGpu(threads, depth, room(engine)) if on_gpu else None
+                gpu = FakeGpu(threads, depth, engine.chunk_bytes) if on_gpu else None
                 told: list[int] = []
                 work.memory[:] = 0xEE
                 fault = engine.run(work.jobs, files, device=gpu, advance=told.append)
@@ -122,13 +122,13 @@ def test_direct_reads_where_the_file_does_not_allow_them(native: bool, tmp_path:
 @pytest.mark.parametrize("native", ENGINES)
 @pytest.mark.parametrize("direct", [0, 1])
 @pytest.mark.parametrize("on_gpu", [False, True])
-@pytest.mark.parametrize("size", [100, 9000])
+@pytest.mark.parametrize("size", [100, 30_000])
 def test_a_file_that_has_shrunk(
     native: bool, direct: int, on_gpu: bool, size: int, tmp_path: Path
 ) -> None:
     work = neighbours(60, size, direct=direct)
-    engine = Engine(threads=3, chunk_bytes=8192, native=native)
-    gpu = FakeGpu(3, 2, room(engine)) if on_gpu else None
+    engine = Engine(threads=3, chunk_bytes=UNIT, native=native)
+    gpu = FakeGpu(3, 2, engine.chunk_bytes) if on_gpu else None
     paths = work.write(tmp_path)
     with opened(paths, direct=True) as files:
         os.truncate(paths[0], 37 * size + 50)
@@ -232,7 +232,7 @@ def gated(threads: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> tupl
         real(run)
 
     monkeypatch.setattr(engines, "_end", end)
-    gpu = FakeGpu(threads, 2, room(engine), on_copy=lambda: gate.wait(30) or None)
+    gpu = FakeGpu(threads, 2, engine.chunk_bytes, on_copy=lambda: gate.wait(30) or None)
     return gpu, gate
 
 
@@ -246,9 +246,9 @@ def test_what_is_raised_meanwhile_ends_the_run_at_once(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    engine = Engine(threads=2, chunk_bytes=4096, native=native)
+    engine = Engine(threads=2, chunk_bytes=UNIT, native=native)
     gpu, _ = gated(2, engine, monkeypatch)
-    work = neighbours(200, 4096)
+    work = neighbours(200, UNIT)
 
     def fail(*_: int) -> None:
         raise raised
@@ -264,9 +264,9 @@ def test_what_is_raised_meanwhile_ends_the_run_at_once(
 
 @pytest.mark.parametrize("native", ENGINES)
 def test_ctrl_c(native: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = Engine(threads=2, chunk_bytes=4096, native=native)
+    engine = Engine(threads=2, chunk_bytes=UNIT, native=native)
     gpu, gate = gated(2, engine, monkeypatch)
-    work, main = neighbours(200, 4096), threading.main_thread().ident or 0
+    work, main = neighbours(200, UNIT), threading.main_thread().ident or 0
 
     def on_copy() -> None:
         if not gate.is_set():
@@ -332,12 +332,12 @@ def test_host_memory_is_not_written_after_an_error_was_raised(native: bool, tmp_
 def test_a_driver_that_fails(
     native: bool, direct: int, failing: str, fail_at: int, tmp_path: Path
 ) -> None:
-    files = [noise(300_000)]
+    files = [noise(900_000)]
     small = [(0, i * 500, 500, 1, 500, 7, direct) for i in range(40)]
-    grids = [(0, 30_000 + i * 40_000, 700, 40, 1000, 99, direct) for i in range(6)]
+    grids = [(0, 30_000 + i * 140_000, 700, 130, 1000, 99, direct) for i in range(6)]
     work = work_of(files, small + grids)
-    engine = Engine(threads=2, chunk_bytes=4096, native=native)
-    gpu = FakeGpu(2, 2, room(engine), failing=failing, fail_at=fail_at)
+    engine = Engine(threads=2, chunk_bytes=UNIT, native=native)
+    gpu = FakeGpu(2, 2, engine.chunk_bytes, failing=failing, fail_at=fail_at)
     with opened(work.write(tmp_path), direct=True) as descriptors:
         fault = engine.run(work.jobs, descriptors, device=gpu)
     if gpu.calls.get(failing, 0) <= fail_at:  # it has not come so far
@@ -354,17 +354,31 @@ def test_a_driver_that_fails(
 
 
 @pytest.mark.parametrize("native", ENGINES)
+def test_a_driver_that_fails_when_all_buffers_are_full(native: bool, tmp_path: Path) -> None:
+    """The readers then wait for a buffer that nobody sends any more: they have to be told."""
+    work = neighbours(50, UNIT)
+    engine = Engine(threads=3, chunk_bytes=UNIT, native=native)
+    full = threading.Event()  # it never comes: time in which the buffers are filled
+    gpu = FakeGpu(3, 1, engine.chunk_bytes, failing="set_context", fail_at=0)
+    gpu.on_context = lambda: full.wait(0.05) or None
+    with opened(work.write(tmp_path)) as files:
+        fault = engine.run(work.jobs, files, device=gpu)
+    assert fault is not None
+    assert (fault.kind, fault.code) == (FAILED_CUDA, 201)
+
+
+@pytest.mark.parametrize("native", ENGINES)
 def test_buffers_are_used_in_turn_and_not_too_early(native: bool, tmp_path: Path) -> None:
     """The fake GPU copies at the last moment: a buffer filled before that would show."""
-    work = neighbours(50, 4096)
+    work = neighbours(50, UNIT)
     for depth in (1, 2, 3):
-        engine = Engine(threads=2, chunk_bytes=4096, native=native)
-        gpu = FakeGpu(2, depth, room(engine))
+        engine = Engine(threads=2, chunk_bytes=UNIT, native=native)
+        gpu = FakeGpu(2, depth, engine.chunk_bytes)
         work.memory[:] = 0xEE
         with opened(work.write(tmp_path)) as files:
             assert engine.run(work.jobs, files, device=gpu) is None
         assert work.is_done()
-        assert gpu.calls["wait"] == gpu.calls["record"] == 50
+        assert 50 / (2 * depth) <= gpu.calls["record"] <= 50, "neighbours may go together"
 
 
 @pytest.mark.parametrize("native", ENGINES)
@@ -385,10 +399,12 @@ def test_no_jobs_and_empty_ones(native: bool) -> None:
 def test_threads_end_with_the_run(native: bool, tmp_path: Path) -> None:
     work = neighbours(100, 4096)
     with opened(work.write(tmp_path)) as files:
-        before = len(os.listdir("/proc/self/task"))
+        before, known = len(os.listdir("/proc/self/task")), threading.active_count()
         for _ in range(20):
             assert Engine(threads=8, chunk_bytes=4096, native=native).run(work.jobs, files) is None
-        assert len(os.listdir("/proc/self/task")) <= before
+        assert threading.active_count() == known
+        if native:  # the system's view of Python's threads lags behind
+            assert len(os.listdir("/proc/self/task")) <= before
 
 
 @pytest.mark.parametrize(

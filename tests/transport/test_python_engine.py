@@ -28,7 +28,7 @@ def bytes_of(work: Work, unit: tuple[int, int, int, int]) -> list[tuple[int, int
     return [(k, at) for k in range(first, last + 1) for at in range(work.table[k][3])]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     work=works(), chunk=st.sampled_from([4096, 6000, 1 << 20]), gap=st.sampled_from([0, 64, 2048])
 )

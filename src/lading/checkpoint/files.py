@@ -174,6 +174,15 @@ class ByteReader:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self.descriptor(file), offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
+    def forget(self, file: str) -> None:
+        """Asks the system to drop the file's pages from its page cache, as a benchmark needs."""
+        if "posix_fadvise" in dir(os):
+            fd = self.descriptor(file)
+            with contextlib.suppress(OSError):
+                os.fdatasync(fd)  # pages that are not on the disk yet cannot be dropped
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def count(self, num_bytes: int) -> None:
         """Notes bytes that were read from a descriptor."""
         with self._lock:

@@ -37,7 +37,7 @@ class _Contents:
     metadata: Mapping[str, str]
 
 
-@uncollected
+@uncollected()
 def open_checkpoint(path: str | os.PathLike[str], *, with_config: bool = True) -> Checkpoint:
     """The checkpoint at a folder, a weight file (.safetensors, .bin) or an .index.json.
 

@@ -135,7 +135,7 @@ def _experts(experts: ExpertsConfig, hidden: int) -> list[Entry]:
     return entries
 
 
-@uncollected
+@uncollected()
 def targets(
     declaration: Declaration,
     tp_size: int,

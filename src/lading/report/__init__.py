@@ -8,6 +8,7 @@ Rows fold (`model.layers.{0..31}.mlp.down_proj.weight`, 32 layers) only where th
 contiguous and every printed column is equal up to the layer's number.
 """
 
+from lading.report.benches import bench_json, bench_report
 from lading.report.blocks import (
     Block,
     Indented,
@@ -52,6 +53,8 @@ __all__ = [
     "Section",
     "Sections",
     "Table",
+    "bench_json",
+    "bench_report",
     "checks_json",
     "checks_report",
     "differences_report",

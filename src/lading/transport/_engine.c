@@ -81,16 +81,11 @@ typedef struct {
     int64_t kind, code, job, offset, wanted, got;
 } fault_t;
 
-typedef struct { /* a page-locked buffer: free, being filled, or on its way to the GPU */
+typedef struct { /* a page-locked buffer: unit i goes through buffer i modulo their number */
     char *memory;
-    unit_t *unit;
     int64_t first; /* the file's offset at which a direct read began */
-    void *event;
+    int filled;
 } buffer_t;
-
-typedef struct { /* buffers, first in first out; never more than there are */
-    int64_t *at, head, count, room;
-} queue_t;
 
 typedef struct {
     job_t *jobs;
@@ -98,11 +93,11 @@ typedef struct {
     unit_t *units;
     int64_t num_jobs, num_units, chunk, gap, threads, buffer_bytes, num_buffers, num_streams;
     buffer_t *buffers;
+    void **events; /* one for each buffer */
     int64_t *streams;
     cuda_t *cuda; /* NULL: targets are host memory */
     pthread_t *ids;
-    int64_t started, readers;
-    queue_t free, filled, sent; /* `sent` is the submitting thread's own */
+    int64_t started, readers, arrived; /* units before `arrived` have left their buffers */
     atomic_llong next, running, read, moved, calls, read_ns, wait_ns;
     atomic_int stop;
     pthread_mutex_t lock;
@@ -116,15 +111,6 @@ typedef struct { /* what one thread works with */
     char *gap, *bounce;
     struct iovec *iov;
 } worker_t;
-
-static void push(queue_t *q, int64_t at) { q->at[(q->head + q->count++) % q->room] = at; }
-
-static int64_t pop(queue_t *q)
-{
-    int64_t at = q->at[q->head];
-    q->head = (q->head + 1) % q->room, q->count--;
-    return at;
-}
 
 static int64_t now_ns(void)
 {
@@ -317,44 +303,28 @@ static int launch(run_t *r, job_t *j, int64_t begin, int64_t end, char *host, in
     return r->cuda->copy_2d(&c, stream);
 }
 
-/* Reads a unit into a buffer that nothing is copied from any more, and hands it on. */
-static int cuda_unit(worker_t *w, unit_t *u)
+/* Reads a unit into its buffer as soon as nothing is copied from that any more, and hands it on. */
+static int cuda_unit(worker_t *w, int64_t at)
 {
     run_t *r = w->run;
+    unit_t *u = &r->units[at];
+    buffer_t *b = &r->buffers[at % r->num_buffers];
     int64_t t = now_ns();
     pthread_mutex_lock(&r->lock);
-    while (!r->free.count && !atomic_load(&r->stop))
+    while (at >= r->arrived + r->num_buffers && !atomic_load(&r->stop))
         pthread_cond_wait(&r->freed, &r->lock);
-    int64_t at = atomic_load(&r->stop) ? -1 : pop(&r->free);
     pthread_mutex_unlock(&r->lock);
-    if (at < 0)
+    if (atomic_load(&r->stop))
         return -1;
-    buffer_t *b = &r->buffers[at];
     atomic_fetch_add(&r->wait_ns, now_ns() - t), t = now_ns();
-    b->unit = u;
     if (r->jobs[u->job].direct ? read_direct(w, u, b->memory, &b->first) : read_usual(w, u, b->memory))
         return -1;
     atomic_fetch_add(&r->read_ns, now_ns() - t);
     pthread_mutex_lock(&r->lock);
-    push(&r->filled, at);
+    b->filled = 1;
     pthread_cond_signal(&r->fed);
     pthread_mutex_unlock(&r->lock);
     return 0;
-}
-
-/* Starts the copies of a buffer's unit, small neighbours one by one. */
-static int send_unit(run_t *r, buffer_t *b, void *stream)
-{
-    int64_t at = 0;
-    int bad = 0, code;
-    for (int64_t k = b->unit->job, begin, end; k <= b->unit->last && !bad; k++) {
-        job_t *j = part_of(r, b->unit, k, &begin, &end);
-        char *host = b->memory + (j->direct ? offset_of(j, begin) - b->first : at);
-        bad = launch(r, j, begin, end, host, j->direct ? j->file_stride : j->run, stream);
-        at += end - begin;
-    }
-    code = r->cuda->event_record(b->event, stream); /* also after a failure: some copies may be under way */
-    return bad ? bad : code;
 }
 
 static void note_moved(run_t *r, unit_t *u)
@@ -363,54 +333,99 @@ static void note_moved(run_t *r, unit_t *u)
         part_of(r, u, k, &begin, &end), atomic_fetch_add(&r->moved, end - begin);
 }
 
-/* The next buffer to send; -1 where there is none now, -2 where there will be none any more. */
-static int64_t next_filled(run_t *r)
+/* How many units from `at` on, up to `stop`, are one piece of memory on both sides: one copy. */
+static int64_t joined(run_t *r, int64_t at, int64_t stop)
 {
-    pthread_mutex_lock(&r->lock);
-    while (!r->filled.count && !r->sent.count && r->readers)
-        pthread_cond_wait(&r->fed, &r->lock);
-    int64_t at = r->filled.count ? pop(&r->filled) : r->sent.count || r->readers ? -1 : -2;
-    pthread_mutex_unlock(&r->lock);
-    return at;
-}
-
-static void free_arrived(run_t *r)
-{
-    while (r->sent.count) {
-        int code = r->cuda->event_query(r->buffers[r->sent.at[r->sent.head]].event);
-        if (code == NOT_READY)
-            return;
-        if (code && !atomic_load(&r->stop))
-            cuda_failed(r, r->num_jobs, code);
-        pthread_mutex_lock(&r->lock);
-        push(&r->free, pop(&r->sent));
-        pthread_cond_signal(&r->freed);
-        pthread_mutex_unlock(&r->lock);
+    int64_t k = at;
+    for (; k + 1 < stop; k++) {
+        unit_t *u = &r->units[k], *v = u + 1;
+        job_t *j = &r->jobs[u->job];
+        char *memory = r->buffers[k % r->num_buffers].memory + (u->end - u->begin);
+        if (u->last > u->job || v->last > v->job || u->job != v->job || u->end != v->begin || j->direct ||
+            (j->rows > 1 && j->target_stride != j->run) || memory != r->buffers[(k + 1) % r->num_buffers].memory)
+            break;
     }
+    return k + 1 - at;
 }
 
-/* The submitting thread: sends what is filled, and frees what has arrived. It spins only while copies
- * are on their way. After a fault it still waits for those: nothing may be in flight in the end. */
+/* Starts the copies of the units `at` to `stop`, which are filled. */
+static int send_units(run_t *r, int64_t at, int64_t stop, void *stream)
+{
+    int bad = 0;
+    while (at < stop && !bad) {
+        int64_t count = joined(r, at, stop), into = 0;
+        unit_t *u = &r->units[at];
+        buffer_t *b = &r->buffers[at % r->num_buffers];
+        for (int64_t k = u->job, begin, end; k <= u->last && !bad; k++) {
+            job_t *j = part_of(r, u, k, &begin, &end);
+            if (count > 1)
+                end = r->units[at + count - 1].end;
+            char *host = b->memory + (j->direct ? offset_of(j, begin) - b->first : into);
+            if ((bad = launch(r, j, begin, end, host, j->direct ? j->file_stride : j->run, stream)))
+                cuda_failed(r, k, bad);
+            into += end - begin;
+        }
+        for (; count && !bad; count--)
+            note_moved(r, &r->units[at++]);
+    }
+    return bad;
+}
+
+/* The unit after those that are filled from `sent` on, a quarter of the buffers at most; waits for one
+ * where none is under way. -1 where there will be none any more. */
+static int64_t filled_until(run_t *r, int64_t sent)
+{
+    int64_t stop = sent, most = r->num_buffers / 4 > 0 ? r->num_buffers / 4 : 1;
+    pthread_mutex_lock(&r->lock);
+    while (!r->buffers[sent % r->num_buffers].filled && r->arrived == sent && r->readers)
+        pthread_cond_wait(&r->fed, &r->lock);
+    while (stop < sent + most && stop < r->arrived + r->num_buffers && r->buffers[stop % r->num_buffers].filled)
+        r->buffers[stop++ % r->num_buffers].filled = 0;
+    if (stop == sent && r->arrived == sent && !r->readers)
+        stop = -1;
+    pthread_mutex_unlock(&r->lock);
+    return stop;
+}
+
+/* The submitting thread: sends units in their order, as many as are ready in one copy, and frees their
+ * buffers when they have arrived. It spins only while copies are on their way. After a fault it still
+ * waits for those: nothing may be in flight in the end. */
 static void submit(run_t *r)
 {
-    int code = r->cuda->set_context(r->cuda->context);
-    for (int64_t i = 0; i < r->num_buffers && !code; i++)
-        code = r->cuda->event_create(&r->buffers[i].event, 2); /* without timing */
+    int64_t sent = 0, begun = 0, ended = 0, stop, n = r->num_buffers;
+    int64_t *ends = calloc((size_t)n, sizeof(int64_t)); /* of what is on its way: where each batch ends */
+    int code = ends ? r->cuda->set_context(r->cuda->context) : 2;
+    for (int64_t i = 0; i < n && !code; i++)
+        code = r->cuda->event_create(&r->events[i], 2); /* without timing */
     if (code)
         cuda_failed(r, 0, code);
-    for (int64_t at, count = 0; (at = next_filled(r)) != -2; free_arrived(r)) {
-        if (at < 0 || atomic_load(&r->stop))
-            continue;
-        unit_t *u = r->buffers[at].unit;
-        if ((code = send_unit(r, &r->buffers[at], (void *)(intptr_t)r->streams[count++ % r->num_streams])))
-            cuda_failed(r, u->job, code);
-        else
-            note_moved(r, u);
-        push(&r->sent, at);
+    while (ends && (stop = filled_until(r, sent)) >= 0) {
+        if (stop > sent && !atomic_load(&r->stop)) {
+            void *stream = (void *)(intptr_t)r->streams[begun % r->num_streams];
+            send_units(r, sent, stop, stream);
+            /* Also after a failure: some copies may be under way. */
+            if ((code = r->cuda->event_record(r->events[begun % n], stream)))
+                cuda_failed(r, r->units[sent].job, code);
+            ends[begun++ % n] = sent = stop;
+        } else if (stop > sent) {
+            sent = ends[begun++ % n] = stop; /* its event is of an earlier copy, or of none */
+        }
+        while (ended < begun) {
+            code = r->events[ended % n] ? r->cuda->event_query(r->events[ended % n]) : 0;
+            if (code == NOT_READY)
+                break;
+            if (code && !atomic_load(&r->stop))
+                cuda_failed(r, r->num_jobs, code);
+            pthread_mutex_lock(&r->lock);
+            r->arrived = ends[ended++ % n];
+            pthread_cond_broadcast(&r->freed);
+            pthread_mutex_unlock(&r->lock);
+        }
     }
-    for (int64_t i = 0; i < r->num_buffers; i++)
-        if (r->buffers[i].event)
-            r->cuda->event_destroy(r->buffers[i].event);
+    for (int64_t i = 0; i < n; i++)
+        if (r->events[i])
+            r->cuda->event_destroy(r->events[i]);
+    free(ends);
 }
 
 static void read_units(worker_t *w)
@@ -424,7 +439,7 @@ static void read_units(worker_t *w)
         fail(r, (fault_t){NO_MEMORY, ENOMEM, 0, 0, 0, 0});
     while (!atomic_load(&r->stop)) {
         int64_t at = atomic_fetch_add(&r->next, 1);
-        if (at >= r->num_units || (r->cuda ? cuda_unit : host_unit)(w, &r->units[at]))
+        if (at >= r->num_units || (r->cuda ? cuda_unit(w, at) : host_unit(w, &r->units[at])))
             break;
         if (!r->cuda)
             note_moved(r, &r->units[at]);
@@ -450,13 +465,20 @@ static void *work(void *argument)
     return NULL;
 }
 
+/* The most bytes of a unit: a direct read is widened to whole blocks, and has to fit a buffer too. */
+static int64_t room_of(run_t *r, job_t *j)
+{
+    return j->direct && r->chunk >= 4 * BLOCK ? r->chunk - 2 * BLOCK : r->chunk;
+}
+
 /* Bytes of a job's runs that fit one unit: whole rows, or a piece of one long row. */
 static int64_t unit_step(run_t *r, job_t *j)
 {
     int64_t row = j->direct && j->rows > 1 ? j->file_stride : j->run; /* direct reads take the gaps */
-    if (j->rows == 1 || row > r->chunk)
-        return r->chunk < j->run ? r->chunk : j->run;
-    return r->chunk / row * j->run;
+    int64_t most = room_of(r, j);
+    if (j->rows == 1 || row > most)
+        return most < j->run ? most : j->run;
+    return most / row * j->run;
 }
 
 static int cut_units(run_t *r)
@@ -471,7 +493,7 @@ static int cut_units(run_t *r)
                 job_t *m = &r->jobs[last + 1];
                 int64_t end = m->offset + m->run;
                 if (m->rows != 1 || !m->run || m->file != j->file || m->direct != j->direct || m->offset < stop ||
-                    m->offset - stop > r->gap || sum + m->run > r->chunk || end - j->offset > r->chunk)
+                    m->offset - stop > r->gap || sum + m->run > room_of(r, j) || end - j->offset > room_of(r, j))
                     break;
                 stop = end, sum += m->run, last++;
             }
@@ -501,7 +523,7 @@ static void destroy(run_t *r)
     for (int64_t i = 0; i < r->started; i++)
         pthread_join(r->ids[i], NULL);
     free(r->ids), free(r->units), free(r->jobs), free(r->files), free(r->buffers), free(r->streams);
-    free(r->cuda), free(r->free.at), free(r->filled.at), free(r->sent.at);
+    free(r->cuda), free(r->events);
     pthread_mutex_destroy(&r->lock), pthread_cond_destroy(&r->ended);
     pthread_cond_destroy(&r->freed), pthread_cond_destroy(&r->fed);
     free(r);
@@ -517,16 +539,11 @@ static void *copied(long long address, int64_t count, size_t size)
 
 static int make_buffers(run_t *r, const int64_t *addresses)
 {
-    queue_t *queues[] = {&r->free, &r->filled, &r->sent};
     r->buffers = calloc((size_t)r->num_buffers + 1, sizeof(buffer_t));
-    for (int k = 0; k < 3; k++) {
-        queues[k]->room = r->num_buffers;
-        if (!(queues[k]->at = calloc((size_t)r->num_buffers + 1, sizeof(int64_t))))
-            return -1;
-    }
+    r->events = calloc((size_t)r->num_buffers + 1, sizeof(void *));
     for (int64_t i = 0; r->buffers && i < r->num_buffers; i++)
-        r->buffers[i].memory = (char *)(intptr_t)addresses[i], push(&r->free, i);
-    return r->buffers ? 0 : -1;
+        r->buffers[i].memory = (char *)(intptr_t)addresses[i];
+    return r->buffers && r->events ? 0 : -1;
 }
 
 static void begin_threads(run_t *r)
@@ -546,10 +563,10 @@ static void begin_threads(run_t *r)
         }
         r->started = i + 1;
     }
-    r->readers = r->started - (r->cuda && r->started);
+    int64_t readers = r->readers = r->started - (r->cuda && r->started); /* they begin, and may end, now */
     atomic_store(&r->running, r->started);
     pthread_mutex_unlock(&r->lock);
-    if (!r->readers)
+    if (!readers)
         fail(r, (fault_t){NO_MEMORY, EAGAIN, 0, 0, 0, 0});
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
@@ -577,8 +594,9 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args)
     if (!PyArg_ParseTuple(args, "LLLLLLLLLLLLL", &jobs, &num_jobs, &files, &num_files, &threads, &chunk, &gap,
                           &buffer_bytes, &buffers, &num_buffers, &streams, &num_streams, &cuda))
         return NULL;
-    if (threads < 1 || chunk < BLOCK || gap < 0 || buffer_bytes < chunk + 2 * BLOCK ||
-        (cuda && (num_buffers < 1 || num_streams < 1))) {
+    if (threads < 1 || chunk < BLOCK || gap < 0 || 
+        (cuda ? num_buffers < 1 || num_streams < 1 || chunk < 4 * BLOCK || buffer_bytes < chunk
+              : buffer_bytes < chunk + 2 * BLOCK)) {
         PyErr_SetString(PyExc_ValueError, "threads, chunk, gap, buffers or streams are out of range");
         return NULL;
     }

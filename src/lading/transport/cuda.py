@@ -32,7 +32,7 @@ FUNCTIONS = (
     "cuEventDestroy_v2",
 )
 HUGE_PAGE_BYTES = 2**21
-NUM_STREAMS = 2
+NUM_STREAMS = 1
 
 
 def _driver() -> Any:

@@ -59,7 +59,7 @@ VALUES_BYTES = 256 * 2**20
 ALIGN_BYTES = 512
 
 MAX_HOST_THREADS = 4
-MAX_GPU_THREADS = 16
+MAX_GPU_THREADS = 12
 DEPTH = 2
 
 GPU_CHUNK_BYTES = 2 * 2**20
@@ -235,7 +235,8 @@ class Transport:
         jobs, owners = work.jobs.jobs()
         engine = Engine(threads=num_threads(self.limits, self.num_local, device.type))
         if any(opened.is_cold) or any(opened.is_remote):
-            engine.threads = max(engine.threads, COLD_THREADS)
+            if self.limits.num_threads is None:
+                engine.threads = max(engine.threads, COLD_THREADS)
             engine.chunk_bytes = COLD_CHUNK_BYTES
         before = engine.stats.moved_bytes
         if device.type == "cuda":
@@ -402,7 +403,7 @@ def gpus_for(limits: Limits, num_local: int) -> Gpus:
     return Gpus(
         threads=num_threads(limits, num_local, "cuda"),
         depth=DEPTH,
-        buffer_bytes=GPU_CHUNK_BYTES + 2 * engines.BLOCK_BYTES,
+        buffer_bytes=GPU_CHUNK_BYTES,
         pinned_bytes=limits.pinned_bytes,
     )
 

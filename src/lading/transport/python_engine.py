@@ -49,7 +49,8 @@ def units(jobs: Jobs, chunk_bytes: int, gap_bytes: int) -> Iterator[Unit]:
             k += 1
             continue
         row = file_stride if direct and rows > 1 else run
-        step = min(chunk_bytes, run) if rows == 1 or row > chunk_bytes else chunk_bytes // row * run
+        most = room_for(chunk_bytes, direct=bool(direct))
+        step = min(most, run) if rows == 1 or row > most else most // row * run
         if rows == 1 and run < chunk_bytes // 2:
             last += _num_neighbours(table[k : k + MAX_SEGMENTS // 2], chunk_bytes, gap_bytes)
         at = 0
@@ -58,6 +59,12 @@ def units(jobs: Jobs, chunk_bytes: int, gap_bytes: int) -> Iterator[Unit]:
             yield k, last, at, end
             at = total if last > k else end
         k = last + 1
+
+
+def room_for(chunk_bytes: int, *, direct: bool) -> int:
+    """The most bytes of a unit: a direct read is widened to whole blocks, and has to fit too."""
+    is_widened = direct and chunk_bytes >= 4 * BLOCK_BYTES
+    return chunk_bytes - 2 * BLOCK_BYTES if is_widened else chunk_bytes
 
 
 def _num_neighbours(table: list[list[int]], chunk_bytes: int, gap_bytes: int) -> int:
@@ -70,8 +77,7 @@ def _num_neighbours(table: list[list[int]], chunk_bytes: int, gap_bytes: int) ->
             (other[_ROWS], other[_FILE], other[_DIRECT]) != (1, file, direct)
             or not other[_RUN]
             or not stop <= other[_OFFSET] <= stop + gap_bytes
-            or size + other[_RUN] > chunk_bytes
-            or end - offset > chunk_bytes
+            or max(size + other[_RUN], end - offset) > room_for(chunk_bytes, direct=bool(direct))
         ):
             return count
         stop, size = end, size + other[_RUN]
