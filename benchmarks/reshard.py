@@ -13,6 +13,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,8 +61,9 @@ def by_broadcast(
 ) -> None:
     """Each parameter whole to everyone, one after the other; each keeps its parts' shares."""
     params = dict(state_of(source)) if source is not None else {}
-    kept = dict(state_of(target))
-    for name, shaped in state_of(whole):
+    kept: dict[str, Any] = dict(state_of(target))
+    shapes: dict[str, Any] = dict(state_of(whole))
+    for name, shaped in shapes.items():
         tensor = (
             params[name].detach()
             if source is not None
@@ -112,12 +114,11 @@ def main() -> None:
     found = {
         way: min(seconds(work, device) for _ in range(args.repeats)) for way, work in ways.items()
     }
+    one, two = (dict[str, Any](state_of(targets[way])) for way in ("reshard", "broadcast"))
     same = all(
-        torch.equal(one, two)
-        for (_, one), (_, two) in zip(
-            state_of(targets["reshard"]), state_of(targets["broadcast"]), strict=True
-        )
-        if one.tp_layout.padding(ranks.tp_rank) == ()
+        torch.equal(tensor, two[name])
+        for name, tensor in one.items()
+        if tensor.tp_layout.padding(ranks.tp_rank) == ()
     )
     assert same, "both ways give the same weights"
     if ranks.tp_rank == 0:

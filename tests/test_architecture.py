@@ -213,10 +213,15 @@ def getattr_with_default(file: File) -> Iterator[int]:
             yield call.lineno
 
 
-def data_ptr(file: File) -> Iterator[int]:
-    for node in ast.walk(file.tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("data_ptr", "untyped_storage"):
-            yield node.lineno
+def attribute(*names: str) -> Callable[[File], Iterator[int]]:
+    """Attributes of these names, of anything."""
+
+    def find(file: File) -> Iterator[int]:
+        for node in ast.walk(file.tree):
+            if isinstance(node, ast.Attribute) and node.attr in names:
+                yield node.lineno
+
+    return find
 
 
 FORBIDDEN = [
@@ -251,7 +256,25 @@ FORBIDDEN = [
         ("writing", "checkpoint.torch_files"),
         called(".copy_", ".fill_", ".zero_", ".set_"),
     ),
-    Forbidden("addresses of tensors", ("writing", "ledger", "checkpoint.torch_files"), data_ptr),
+    Forbidden(
+        "addresses of tensors",
+        ("writing", "ledger", "checkpoint.torch_files"),
+        attribute("data_ptr", "untyped_storage"),
+    ),
+    # What is written to by its address: a plan's targets, buffers, and memory for measuring.
+    Forbidden(
+        "addresses of arrays",
+        ("transport.engine", "transport.python_engine", "ceilings"),
+        attribute("ctypes"),
+    ),
+    Forbidden(
+        "the C library, the driver",
+        (
+            *("transport.python_engine", "transport.cuda", "transport.residency"),
+            *("checkpoint.output", "ceilings"),
+        ),
+        imported("ctypes"),
+    ),
     Forbidden("torch.distributed", ("ranks",), imported("torch.distributed")),
     Forbidden("printing", ("cli_running", "report"), called("print", "sys.stdout.write")),
     Forbidden("assert without a sentence", (), asserts_without_a_sentence),
@@ -283,6 +306,8 @@ def test_done_in_its_place_only(case: Forbidden) -> None:
         ("writing into tensors", "param.data[2:].copy_(x)"),
         ("writing into tensors", "f(x).zero_()"),
         ("addresses of tensors", "x.data_ptr()"),
+        ("addresses of arrays", "x.ctypes.data"),
+        ("the C library, the driver", "def f():\n    import ctypes"),
         ("torch.distributed", "import torch.distributed as dist"),
         ("torch.distributed", "def f():\n    from torch import distributed"),
         ("torch.distributed", "import torch\ntorch.distributed.barrier()"),

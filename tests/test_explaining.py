@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import lading
 from lading.checkpoint import Checkpoint, Source
 from lading.errors import CallError
 from lading.explaining import Explanation, Kind, explain, explain_byte
@@ -416,3 +417,22 @@ def test_refused_bytes(file: str, byte: int, message: str, loads: dict[str, Load
     with pytest.raises(CallError) as caught:
         explain_byte(here.plan, here.checkpoint, file, byte)
     assert message in str(caught.value)
+
+
+def test_a_pre_sharded_folder(tmp_path: Path) -> None:
+    """Each copy of an entry in the ranks' files, and what the original file had."""
+    (tmp_path / "in").mkdir()
+    folder, out = quantised(tmp_path / "in"), tmp_path / "out"
+    lading.shard(folder, tp_size=4, out=out)
+    here, original = preflight(out, all_ranks(2)), Loaded(folder, 2)
+    chance = random.Random(3)
+    for name, source in here.checkpoint.tensors.items():
+        index = some_index(source.shape, chance)
+        found = explain(here.plan, here.checkpoint, name, index=index, kind="tensor")
+        assert found.notes[-1].startswith("the folder is pre-sharded")
+        (entry,) = found.entries
+        bits = original.raw[entry.source.file][entry.start_byte : entry.stop_byte]
+        assert len(bits) == entry.stop_byte - entry.start_byte
+        copies = [(out / file).read_bytes()[a:b] for file, a, b in entry.stored]
+        assert copies, "it is in some file"
+        assert set(copies) == {bits}

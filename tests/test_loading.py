@@ -571,15 +571,15 @@ def test_any_number_of_threads(threads: int, dtype: torch.dtype, folder: Path) -
 
 
 def test_what_was_read(folder: Path) -> None:
-    """Columns exactly; rows with the gaps between them, which here are small."""
+    """What is kept, and gaps that are shorter than what a call costs."""
     model = meta()
     report = lading.load(model, folder, device="cpu")
     needed = expected()
     padding = sum(8 * int((needed[n] == 0).sum()) for n in ("embed.weight", "head.weight"))
     kept = sum(t.nbytes for t in needed.values()) - padding
-    rows = [needed["o_proj.weight"], needed["down_proj.weight"]]
-    gaps = sum(5 * 3 * t.shape[1] * 8 for t in rows)  # 6 rows, of which 3 quarters are others'
-    assert (report.read_bytes, report.excess_bytes) == (kept + gaps, gaps)
+    assert report.read_bytes - report.excess_bytes == kept
+    most = sum((folder / name).stat().st_size for name in os.listdir(folder))
+    assert 2 * 5 * 3 * 12 * 8 <= report.excess_bytes < most - kept, "at least row cuts have gaps"
 
 
 def test_weights_that_are_updated(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class Prefetching:
     """safe_open of safetensors 0.9 as far as it is used: prefetch({name: rows}), take, close."""
 
     def __init__(self, path: str, framework: str, device: str = "cpu") -> None:
-        self.tensors, self.asked = load_file(path, device=device), {}
+        self.tensors = load_file(path, device=device)
+        self.asked: dict[str, slice | None] = {}
 
     def __enter__(self) -> Prefetching:
         return self
@@ -144,12 +146,12 @@ def test_versions() -> None:
 def test_prefetch_needs_a_version(
     folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, problem: Any
 ) -> None:
-    monkeypatch.setattr(peers.metadata, "version", lambda _name: version)
+    monkeypatch.setattr(metadata, "version", lambda _name: version)
     assert PEERS["prefetch"].problem(job(folder, 0)) == problem
 
 
 def test_what_cannot_be_asked_of_a_peer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.metadata, "version", lambda _name: "9.9.9")
+    monkeypatch.setattr(metadata, "version", lambda _name: "9.9.9")
     found = job(folder, 0)
     assert PEERS["instanttensor"].problem(found) == "loads to CUDA devices only"
     assert PEERS["transformers"].problem(found) == "is run at TP 1 only"

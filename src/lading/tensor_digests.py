@@ -84,9 +84,10 @@ def _units(bits: torch.Tensor, are_words: bool) -> torch.Tensor:
     """[rows, elements] -> int64 [rows, words] or [rows, bytes]."""
     if not are_words:
         return bits.to(torch.int64)
-    if bits.storage_offset() % 2 or not bits.is_contiguous():
-        bits = bits.clone(memory_format=torch.contiguous_format)  # words begin anywhere
-    return bits.view(torch.int16).to(torch.int64) & 0xFFFF
+    flat = bits.reshape(-1).contiguous()
+    if flat.element_size() == 1 and flat.storage_offset() % 2:
+        flat = flat.clone()  # torch views bytes as words only from an even address on
+    return flat.view(torch.int16).view(len(bits), -1).to(torch.int64) & 0xFFFF
 
 
 def copy_sums(copy: Copy, dtype: str, shape: tuple[int, ...], tensor: torch.Tensor) -> Sums:

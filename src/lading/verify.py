@@ -25,6 +25,7 @@ from lading.launch import RankLoad, load_model
 from lading.layouts import Cut, Layout, Part, PartName
 from lading.names import Names
 from lading.ranks import Ranks
+from lading.sharded import is_sharded
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +170,12 @@ def verify_rank(
     """
     from lading import progress
 
+    if is_sharded(path):
+        raise CallError(
+            "is a pre-sharded folder, needs the original checkpoint (which other readers can read)",
+            subject=path,
+            hint=f"lading digest {path}, or lading merge {path} --out DIR",
+        )
     model, loaded = load_model(ranks, path, dtype, device, straddle=straddle)
     group = ranks_module.group_of(ranks, None)
     bar = progress.bar_of(ranks, "verifying")

@@ -18,7 +18,7 @@ from math import prod
 
 from lading.regions import Copy, Ints, Region, reordered
 
-__all__ = ["common_shape", "seen_as"]
+__all__ = ["common_shape", "ravel", "seen_as", "through", "unravel"]
 
 Progression = tuple[int, int, int]  # start, size, step
 Line = tuple[int, int, int, int]  # the number of elements of a dim, then a progression in it
@@ -264,3 +264,37 @@ def _grid(line: Progression, inner: int) -> Iterator[tuple[Progression, Progress
         start, size = start + here * step, size - here
     if count:
         yield (first, count, 1), columns
+
+
+def through(copy: Copy, at: int) -> int | None:
+    """Where element `at` of a copy's source lies in its target, both row-major; None if nowhere."""
+    region, onto = copy.source_region, copy.target_region
+    inner = []
+    places = unravel(at, region.shape)
+    for place, start, size, step in zip(
+        places, region.start, region.size, region.step, strict=True
+    ):
+        number, off = divmod(place - start, step)
+        if off or not 0 <= number < size:
+            return None
+        inner.append(number)
+    turned = copy.permuted(tuple(inner))
+    found = tuple(a + n * s for a, n, s in zip(onto.start, turned, onto.step, strict=True))
+    return ravel(found, onto.shape)
+
+
+def ravel(index: Ints, shape: Ints) -> int:
+    """The row-major position of an index."""
+    at = 0
+    for place, n in zip(index, shape, strict=True):
+        at = at * n + place
+    return at
+
+
+def unravel(at: int, shape: Ints) -> Ints:
+    """The index of a row-major position: ravel's inverse."""
+    places = []
+    for n in reversed(shape):
+        at, place = divmod(at, n)
+        places.append(place)
+    return tuple(reversed(places))

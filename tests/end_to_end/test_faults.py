@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def test_a_disk_that_fails_on_one_rank(folder: Path) -> None:
     text = texts.pop()
     assert "Input/output error" in text
     assert "On rank 1." in text
+    assert all(result["seconds"] < SECONDS for result in results)
+    assert all(result["left"] == ["meta"] for result in results)
+
+
+@pytest.mark.parametrize("engine", ["native", "python"])
+def test_a_file_that_shrinks_while_it_is_read(
+    engine: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LADING_ENGINE", engine)
+    results = run_ranks(work.load_error, 2, [str(folder), 0, "shorter"])
+    texts = {result["error"] for result in results}
+    assert len(texts) == 1, texts
+    victim = max(folder.glob("*.safetensors"))
+    text = texts.pop()
+    assert re.search(r"needs \d+ bytes at offset \d+, the file ended after \d+ \(it was ", text)
+    assert f"In {victim.name}." in text
     assert all(result["seconds"] < SECONDS for result in results)
     assert all(result["left"] == ["meta"] for result in results)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import lading
 from lading.errors import LadingError
 from lading.ranks import Ranks
 
+from ..loading_made import Spoiling, break_disk
 from .inputs import input_ids
 
 
@@ -73,37 +75,28 @@ def _wrong_elements(parameters: dict[str, torch.Tensor], folder: str, ranks: Ran
     return wrong
 
 
-def load_error(ranks: Ranks, folder: str, broken_rank: int | None = None) -> dict[str, Any]:
-    """Loads what cannot be loaded: the error, how long it took, and what is left of the model."""
+def load_error(
+    ranks: Ranks, folder: str, broken_rank: int | None = None, how: str = "disk"
+) -> dict[str, Any]:
+    """Loads what cannot be loaded: the error, how long it took, and what is left of the model.
+
+    broken_rank   where, when all ranks have checked and none has read, the last file fails: its
+                  "disk" answers with an error, or it is "shorter" than it was, for all ranks
+    """
     from lading.pretrained import prepare_pretrained
 
-    if broken_rank == ranks.tp_rank:
-        os.environ["LADING_TEST_BROKEN"] = "1"
-        _break_reader()
+    victim = max(Path(folder).glob("*.safetensors"))
+    spoil = partial(break_disk, victim) if how == "disk" else partial(os.truncate, victim, 3000)
+    progress = Spoiling(spoil) if broken_rank == ranks.tp_rank else None
     model = None
     began = time.monotonic()
     try:
         if broken_rank is not None:
             model = prepare_pretrained(folder, ranks=ranks).model
-            lading.load(model, folder, ranks=ranks, device="cpu")
+            lading.load(model, folder, ranks=ranks, device="cpu", progress=progress)
         else:
             lading.from_pretrained(folder, ranks=ranks, device="cpu")
     except LadingError as error:
         left = {p.device.type for p in model.parameters()} if model is not None else {"meta"}
         return {"error": str(error), "seconds": time.monotonic() - began, "left": sorted(left)}
     return {"error": None, "seconds": time.monotonic() - began, "left": []}
-
-
-def _break_reader() -> None:
-    """From the third read on, this rank's disk answers with an error."""
-    from lading.checkpoint import files
-
-    real, calls = os.preadv, [0]
-
-    def preadv(*args: Any) -> int:
-        calls[0] += 1
-        if calls[0] > 40:
-            raise OSError(5, "Input/output error")
-        return real(*args)
-
-    files.os.preadv = preadv  # type: ignore[attr-defined]

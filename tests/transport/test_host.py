@@ -283,7 +283,7 @@ def checked(
 def test_blocks_cover_a_region_once_and_fit(limit: int) -> None:
     region = Region(shape=(5, 4, 9), start=(1, 0, 2), size=(3, 4, 3), step=(1, 1, 2))
     seen = np.zeros(region.size, dtype=int)
-    for block in host._blocks(region, limit):
+    for block in host.blocks(region, limit):
         seen[index_of(block)] += 1
         assert host._span(region.compose(block)) <= limit
     assert bool((seen == 1).all())

@@ -52,6 +52,7 @@ def _entry_lines(entry: Entry, has_offsets: bool) -> list[Block]:
         ),
         Line(text=f"    {where}"),
     ]
+    lines += [Line(text=f"    here bytes {a}:{b} of {file}") for file, a, b in entry.stored]
     for covered in entry.covered:
         why = f" ({covered.reason})" if covered.reason else ""
         text = f"    covers {covered.start}:{covered.stop} of {covered.axis}{why}"
@@ -135,6 +136,7 @@ def _entry_dict(entry: Entry, has_offsets: bool) -> dict[str, Any]:
         "file": entry.source.file,
         "bytes": span if has_offsets else None,
         "tensor_bytes": None if has_offsets else span,
+        "stored": [{"file": file, "bytes": [a, b]} for file, a, b in entry.stored],
         "covers": [
             {"dim": c.dim, "axis": c.axis, "start": c.start, "stop": c.stop, "reason": c.reason}
             for c in entry.covered

@@ -16,13 +16,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 
 import torch
 
 from lading import dtypes, writing
 from lading.checkpoint import Reader, Source
-from lading.checkpoint.files import ByteReader, ended, read_problem
+from lading.checkpoint.files import ended, read_problem
 from lading.errors import CallError, DeviceError, FileError, LadingError
 from lading.plan import Plan, Share
 from lading.regions import Copy, Region, reordered
@@ -38,16 +37,10 @@ from lading.transport.host import (
     located,
     position,
 )
-from lading.transport.jobs import Grid, JobList, Piece, common_runs
-from lading.transport.residency import is_remote, resident_bytes
+from lading.transport.jobs import JobList, Piece, common_runs
+from lading.transport.sorting import Opened, Sorting, Straight
 
 __all__ = ["Limits", "Transport", "gpus_for"]
-
-HUGE_TENSOR_BYTES = 4 * 2**20
-"""Memory of at least this size is worth huge pages."""
-
-WARM = 0.5
-"""A file of which less is in the page cache counts as cold."""
 
 COLD_CHUNK_BYTES = 4 * 2**20
 COLD_THREADS = 16
@@ -94,42 +87,6 @@ class Limits:
 
 
 @dataclass(slots=True)
-class _Straight:
-    """The copies that the engine does on one device, and their jobs.
-
-    large   parameters that are worth huge pages, by id
-    """
-
-    copies: list[Copy] = field(default_factory=list)
-    jobs: JobList = field(default_factory=JobList)
-    large: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What copies between the same two regions, of one dtype, have in common.
-
-    is_shared   other ranks of this host need bytes from the same pages of the file
-    is_large    the bytes are worth huge pages
-    """
-
-    dtype: torch.dtype
-    piece: Piece
-    is_shared: bool
-    is_large: bool
-
-    @staticmethod
-    def of(copy: Copy, code: str, tp_size: int, is_shareable: bool) -> _Kind:
-        grid, size = common_runs(copy.source_region, copy.target_region), dtypes.storage_bytes(code)
-        return _Kind(
-            dtype=dtypes.to_torch(code),
-            piece=Piece(grid, size),
-            is_shared=is_shareable and _is_shared(copy, grid, tp_size),
-            is_large=grid.length * grid.num_runs * size >= HUGE_TENSOR_BYTES,
-        )
-
-
-@dataclass(slots=True)
 class Transport:
     """Executes one rank's share of a plan.
 
@@ -166,53 +123,14 @@ class Transport:
         files = self.reader.files
         if files is None:
             return self._host().run(plan, replace(share, fills=()), tensors, advance)
-        opened = _Opened(files, self.direct)
-        straight, values = self._sorted_out(plan, share, tensors, opened)
-        for device, work in straight.items():
-            self._run_straight(plan, work, opened, device, advance)
-        for device, others in values.items():
+        opened = Opened(files, self.direct)
+        sorting = Sorting(plan, share.copies, tensors, opened, num_local=self.num_local)
+        while (straight := sorting.take()) is not None:
+            for device, work in straight.items():
+                self._run_straight(plan, work, opened, device, advance, sorting.prepare)
+        for device, others in sorting.values.items():
             self._run_values(plan, share, others, tensors, device, advance)
         return self.moved
-
-    def _sorted_out(
-        self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], opened: _Opened
-    ) -> tuple[dict[torch.device, _Straight], dict[torch.device, list[Copy]]]:
-        """Which copies go straight, as jobs, and which by value. This is what a small tensor costs."""
-        works: dict[torch.device, _Straight | None] = {}
-        values: dict[torch.device, list[Copy]] = {}
-        kinds: dict[tuple[int, int, str], _Kind] = {}
-        sources, numbers = plan.sources, opened.numbers
-        for copy in share.copies:
-            target, source = tensors[copy.target], sources[copy.source]
-            device, address = target.device, writing.address(target)
-            if device not in works:
-                works[device] = _Straight() if device.type in ("cpu", "cuda") else None
-            work = works[device]
-            if copy.axes or work is None or address is None:
-                values.setdefault(device, []).append(copy)
-                continue
-            key = (id(copy.source_region), id(copy.target_region), source.dtype)
-            kind = kinds.get(key)
-            if kind is None:
-                is_shareable = self.num_local > 1
-                kind = kinds[key] = _Kind.of(copy, source.dtype, plan.tp_size, is_shareable)
-            if kind.dtype != target.dtype:
-                values.setdefault(device, []).append(copy)
-                continue
-            file = numbers.get(source.file)
-            if file is None:
-                with located(source, copy.target, copy.part):
-                    file = opened.number(source.file)
-            is_direct = opened.is_cold[file]
-            if is_direct and kind.is_shared:
-                opened.files.will_need(source.file, source.offset_bytes, source.num_bytes)
-                is_direct = False
-            work.jobs.add(kind.piece, file, source.offset_bytes, address, is_direct)
-            work.copies.append(copy)
-            if kind.is_large:
-                work.large[id(target)] = target
-        straight = {device: work for device, work in works.items() if work and work.copies}
-        return straight, values
 
     def _host(self) -> HostTransport:
         host = HostTransport(
@@ -225,10 +143,11 @@ class Transport:
     def _run_straight(
         self,
         plan: Plan,
-        work: _Straight,
-        opened: _Opened,
+        work: Straight,
+        opened: Opened,
         device: torch.device,
         advance: Advance,
+        meanwhile: Callable[[], None],
     ) -> None:
         if device.type == "cpu":
             _advise(work.large.values())
@@ -241,9 +160,13 @@ class Transport:
         before = engine.stats.moved_bytes
         if device.type == "cuda":
             engine.chunk_bytes = GPU_CHUNK_BYTES
-            fault = engine.run(jobs, opened.descriptors, device=self._gpu(device), advance=advance)
-        else:
-            fault = engine.run(jobs, opened.descriptors, advance=advance)
+        fault = engine.run(
+            jobs,
+            opened.descriptors,
+            device=self._gpu(device) if device.type == "cuda" else None,
+            advance=advance,
+            meanwhile=meanwhile,
+        )
         opened.files.count(engine.stats.read_bytes)
         self.stats.add(engine.stats)
         self.moved.read_bytes += engine.stats.read_bytes
@@ -290,7 +213,7 @@ class Transport:
         While one half of the room fills, what is in the other is written.
         """
         assert self.reader.files is not None, "only plain files are read by the engine"
-        opened = _Opened(self.reader.files, self.direct)
+        opened = Opened(self.reader.files, self.direct)
         engine, gpu = Engine(chunk_bytes=GPU_CHUNK_BYTES), self._gpu(device)
         half = max(min(self.limits.device_bytes, VALUES_BYTES) // 2, ALIGN_BYTES)
         halves = [torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -318,7 +241,7 @@ class Transport:
         plan: Plan,
         batch: Sequence[_Landed],
         room: torch.Tensor,
-        opened: _Opened,
+        opened: Opened,
         engine: Engine,
         gpu: Gpu,
         write: Callable[[], None],
@@ -408,48 +331,6 @@ def gpus_for(limits: Limits, num_local: int) -> Gpus:
     )
 
 
-def _is_shared(copy: Copy, grid: Grid, tp_size: int) -> bool:
-    """Whether other ranks need bytes from the same pages of the file: rows that are cut, or
-    elements that several ranks keep.
-    """
-    region = copy.source_region
-    return grid.num_runs > 1 or region.num_elements * tp_size > prod(region.shape)
-
-
-class _Opened:
-    """The files of a run, numbered as jobs number them."""
-
-    def __init__(self, files: ByteReader, direct: bool | None) -> None:
-        self.names: list[str] = []
-        self.descriptors: list[tuple[int, int]] = []
-        self.is_cold: list[bool] = []
-        self.is_remote: list[bool] = []
-        self.files = files
-        self._direct = direct
-        self.numbers: dict[str, int] = {}
-
-    def number(self, file: str) -> int:
-        """The number of a file. Raises a FileError."""
-        known = self.numbers.get(file)
-        if known is not None:
-            return known
-        fd = self.files.descriptor(file)
-        remote = bool(is_remote(fd))
-        cold = self._direct if self._direct is not None else not remote and self._is_cold(fd, file)
-        direct_fd = self.files.direct_descriptor(file) if cold else -1
-        self.names.append(file)
-        self.descriptors.append((fd, direct_fd))
-        self.is_cold.append(cold and direct_fd >= 0)
-        self.is_remote.append(remote)
-        self.numbers[file] = len(self.names) - 1
-        return self.numbers[file]
-
-    def _is_cold(self, fd: int, file: str) -> bool:
-        size = self.files.file_bytes(file)
-        found = resident_bytes(fd, size)
-        return found is not None and found < WARM * size
-
-
 def _advise(targets: Iterable[torch.Tensor]) -> None:
     """Huge pages for large memory that nobody has touched yet: fewer faults while it is filled."""
     engine = native_engine()
@@ -461,7 +342,7 @@ def _advise(targets: Iterable[torch.Tensor]) -> None:
             engine.advise(address, target.nbytes)
 
 
-def _problem(fault: Fault, source: Source, copy: Copy, opened: _Opened) -> LadingError:
+def _problem(fault: Fault, source: Source, copy: Copy, opened: Opened) -> LadingError:
     """The fault of a run as an error about the copy that met it."""
     if fault.kind == engines.FAILED_CUDA:
         error: LadingError = cuda_problem(fault.code, "cannot take the parameters")
