@@ -200,7 +200,7 @@ def run_load(
     began = time.perf_counter()
     lasted: dict[str, float] = {}
 
-    def begin() -> tuple[torch.device, Prepared]:
+    def begin() -> tuple[torch.device, Prepared, Transport, Plan]:
         # Also what only this rank can get wrong, a GPU that is gone, say, is everyone's verdict.
         place = place_of(device, ranks)
         if place.type == "cuda":
@@ -209,22 +209,19 @@ def run_load(
         started = time.perf_counter()
         prepared = prepare()
         lasted["plan"] = time.perf_counter() - started
-        return place, prepared
+        todo, reader = reading(prepared.checkpoint, prepared.plan, ranks)
+        transport = Transport(
+            reader=stack.enter_context(reader), limits=use, num_local=num_local, gpus=gpus
+        )
+        transport.compare(todo, todo.share(ranks))
+        return place, prepared, transport, todo
 
     # Under inference_mode the memory could not be written by the transport's threads.
     with torch.inference_mode(False), uncollected(), ExitStack() as stack:
         use, num_local = limits or Limits(), ranks_module.num_local(group)
         gpus = stack.enter_context(gpus_for(use, num_local))
-        place, prepared = agreed(begin, lambda done: done[1].plan.digest, group)
+        place, prepared, transport, todo = agreed(begin, _digest if group else _no_facts, group)
         model, plan = prepared.model, prepared.plan
-
-        def compare() -> tuple[Transport, Plan]:
-            todo, reader = reading(prepared.checkpoint, plan, ranks)
-            transport = Transport(
-                reader=stack.enter_context(reader), limits=use, num_local=num_local, gpus=gpus
-            )
-            transport.compare(todo, todo.share(ranks))
-            return transport, todo
 
         def execute() -> tuple[dict[str, torch.Tensor], Moved]:
             memory = {
@@ -236,7 +233,6 @@ def run_load(
             lasted["move"] = time.perf_counter() - started
             return memory, moved
 
-        transport, todo = agreed(compare, _no_facts, group)
         tensors = _tensors_of(model, plan)
         try:
             memory, moved = agreed(execute, _no_facts, group)
@@ -264,6 +260,11 @@ def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
     Not `empty_like`: of a meta tensor that imports sympy, a second or two in a new process.
     """
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
+
+
+def _digest(begun: tuple[torch.device, Prepared, Transport, Plan]) -> str:
+    """What has to be equal on all ranks before any of them writes."""
+    return begun[1].plan.digest
 
 
 def _no_facts(_done: object) -> None:

@@ -194,8 +194,38 @@ def exchange(value: Any, group: ProcessGroup | None) -> list[Any]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * dist.get_world_size(group)
+    if dist.get_backend(group) == "nccl":
+        return _exchange_on_gpu(value, len(values), group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+NOTE_BYTES = 4096
+
+
+def _exchange_on_gpu(value: Any, size: int, group: ProcessGroup) -> list[Any]:
+    """As all_gather_object, in one collective instead of two where the values are small: verdicts
+    are, and each collective that the host waits for costs a millisecond.
+    """
+    import pickle
+
+    import torch
+    import torch.distributed as dist
+
+    data = pickle.dumps(value)
+    note = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8)
+    note[:8] = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+    if len(data) <= NOTE_BYTES:
+        note[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    notes = torch.empty(size * len(note), dtype=torch.uint8, device="cuda")
+    dist.all_gather_into_tensor(notes, note.to("cuda"), group=group)
+    found = [one.numpy().tobytes() for one in notes.cpu().view(size, -1)]
+    lengths = [int.from_bytes(one[:8], "little") for one in found]
+    if max(lengths) > NOTE_BYTES:  # all ranks see the same lengths
+        values: list[Any] = [None] * size
+        dist.all_gather_object(values, value, group=group)
+        return values
+    return [pickle.loads(one[8 : 8 + n]) for one, n in zip(found, lengths, strict=True)]
 
 
 def meeting(group: ProcessGroup | None) -> tuple[ProcessGroup | None, Ranks]:

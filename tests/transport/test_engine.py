@@ -470,6 +470,7 @@ def test_the_source_is_short_and_compiles_without_a_word(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
 
 
+# the layout that launch of _engine.c has as words
 def test_the_copy_of_two_dims_is_laid_out_as_cuda_h_has_it() -> None:
     from .made import _Copy2d
 

@@ -33,7 +33,7 @@
 #include <unistd.h>
 
 enum { MAX_SEGMENTS = 1024, BLOCK = 4096, NOT_READY = 600 };
-#define MAX_CALL ((int64_t)1 << 30)
+#define MAX_CHUNK ((int64_t)1 << 29) /* with its gaps less than what one preadv reads */
 
 typedef struct {
     int64_t file, offset, target, run, rows, file_stride, target_stride, direct;
@@ -61,24 +61,10 @@ typedef struct {
     void *context;
 } cuda_t;
 
-typedef struct { /* CUDA_MEMCPY2D of cuda.h */
-    size_t src_x, src_y;
-    int src_type;
-    const void *src_host;
-    uint64_t src_device;
-    void *src_array;
-    size_t src_pitch, dst_x, dst_y;
-    int dst_type;
-    void *dst_host;
-    uint64_t dst_device;
-    void *dst_array;
-    size_t dst_pitch, width, height;
-} copy_2d_t;
-
 enum { FAILED_READ = 1, FILE_ENDED = 2, FAILED_CUDA = 3, NO_MEMORY = 4 };
 
 typedef struct {
-    int64_t kind, code, job, offset, wanted, got;
+    long long kind, code, job, offset, wanted, got;
 } fault_t;
 
 typedef struct { /* a page-locked buffer: unit i goes through buffer i modulo their number */
@@ -87,7 +73,15 @@ typedef struct { /* a page-locked buffer: unit i goes through buffer i modulo th
     int filled;
 } buffer_t;
 
-typedef struct {
+typedef struct { /* what one thread works with */
+    struct run *run;
+    pthread_t id;
+    char *gap, *bounce;
+    struct iovec *iov;
+    int64_t read, calls, read_ns, wait_ns; /* its own: threads that count in one place wait for each other */
+} worker_t;
+
+typedef struct run {
     job_t *jobs;
     file_t *files;
     unit_t *units;
@@ -96,21 +90,15 @@ typedef struct {
     void **events; /* one for each buffer */
     int64_t *streams;
     cuda_t *cuda; /* NULL: targets are host memory */
-    pthread_t *ids;
+    worker_t *workers; /* with a GPU the first one submits, the others read */
     int64_t started, readers, arrived; /* units before `arrived` have left their buffers */
-    atomic_llong next, running, read, moved, calls, read_ns, wait_ns;
+    long long read, calls, read_ns, wait_ns; /* of threads that have ended */
+    atomic_llong next, running, moved;
     atomic_int stop;
     pthread_mutex_t lock;
     pthread_cond_t ended, freed, fed;
     fault_t fault;
 } run_t;
-
-typedef struct { /* what one thread works with */
-    run_t *run;
-    int submits;
-    char *gap, *bounce;
-    struct iovec *iov;
-} worker_t;
 
 static int64_t now_ns(void)
 {
@@ -130,26 +118,23 @@ static int fail(run_t *r, fault_t fault)
     return -1;
 }
 
-static int cuda_failed(run_t *r, int64_t job, int code)
-{
-    return fail(r, (fault_t){FAILED_CUDA, code, job, 0, 0, 0});
-}
+static int cuda_failed(run_t *r, int64_t job, int code) { return fail(r, (fault_t){FAILED_CUDA, code, job, 0, 0, 0}); }
 
 /* Fills the segments, `wanted` bytes, from `offset` on; short reads go on where they ended. */
-static int read_all(run_t *r, int64_t job, int fd, struct iovec *iov, int count, int64_t offset, int64_t wanted)
+static int read_all(worker_t *w, int64_t job, int fd, struct iovec *iov, int count, int64_t offset, int64_t wanted)
 {
+    run_t *r = w->run;
     int64_t done = 0;
     while (done < wanted) {
         ssize_t got = preadv(fd, iov, count, offset + done);
-        atomic_fetch_add(&r->calls, 1);
+        w->calls++;
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
             return fail(r, (fault_t){FAILED_READ, errno, job, offset + done, wanted, done});
         if (got == 0)
             return fail(r, (fault_t){FILE_ENDED, 0, job, offset, wanted, done});
-        done += got;
-        atomic_fetch_add(&r->read, got);
+        done += got, w->read += got;
         while (count && (size_t)got >= iov->iov_len) {
             got -= (ssize_t)iov->iov_len;
             iov++, count--;
@@ -169,7 +154,7 @@ typedef struct { /* segments that are neighbours in the file, not yet read */
 
 static int flush(worker_t *w, batch_t *b)
 {
-    int bad = b->count ? read_all(w->run, b->job, b->fd, w->iov, b->count, b->first, b->next - b->first) : 0;
+    int bad = b->count ? read_all(w, b->job, b->fd, w->iov, b->count, b->first, b->next - b->first) : 0;
     b->count = 0;
     return bad;
 }
@@ -179,8 +164,7 @@ static int add(worker_t *w, batch_t *b, int64_t job, int64_t offset, char *into,
     run_t *r = w->run;
     int fd = (int)r->files[r->jobs[job].file].fd;
     int64_t gap = offset - b->next;
-    if (b->count && (fd != b->fd || gap < 0 || gap > r->gap || b->count + 2 > MAX_SEGMENTS ||
-                     offset + bytes - b->first > MAX_CALL) && flush(w, b))
+    if (b->count && (fd != b->fd || gap < 0 || gap > r->gap || b->count + 2 > MAX_SEGMENTS) && flush(w, b))
         return -1;
     if (!b->count)
         *b = (batch_t){job, offset, offset, fd, 0}, gap = 0;
@@ -204,11 +188,8 @@ static int read_runs(worker_t *w, batch_t *b, int64_t job, int64_t begin, int64_
         int64_t bytes = j->run - in < end - at ? j->run - in : end - at;
         char *into = packed ? packed + (at - begin)
                             : (char *)(intptr_t)(j->target + row * j->target_stride + in);
-        for (int64_t done = 0; done < bytes; done += MAX_CALL) {
-            int64_t part = bytes - done < MAX_CALL ? bytes - done : MAX_CALL;
-            if (add(w, b, job, j->offset + row * j->file_stride + in + done, into + done, part))
-                return -1;
-        }
+        if (add(w, b, job, j->offset + row * j->file_stride + in, into, bytes))
+            return -1;
         at += bytes;
     }
     return 0;
@@ -235,10 +216,7 @@ static int read_usual(worker_t *w, unit_t *u, char *packed)
     return flush(w, &b);
 }
 
-static int64_t offset_of(const job_t *j, int64_t at)
-{
-    return j->offset + at / j->run * j->file_stride + at % j->run;
-}
+static int64_t offset_of(const job_t *j, int64_t at) { return j->offset + at / j->run * j->file_stride + at % j->run; }
 
 /* The whole span of a unit with O_DIRECT: offset, length and memory are multiples of BLOCK. Whatever
  * such a read cannot do, the usual one does, or says why not. */
@@ -254,14 +232,14 @@ static int read_direct(worker_t *w, unit_t *u, char *buffer, int64_t *first)
     struct iovec one = {buffer, (size_t)length};
     if (file->direct_fd >= 0) {
         ssize_t got = preadv((int)file->direct_fd, &one, 1, *first);
-        atomic_fetch_add(&r->calls, 1);
+        w->calls++;
         if (got >= needed) {
-            atomic_fetch_add(&r->read, got);
+            w->read += got;
             return 0;
         }
     }
     one.iov_len = (size_t)needed;
-    return read_all(r, u->job, (int)file->fd, &one, 1, *first, needed);
+    return read_all(w, u->job, (int)file->fd, &one, 1, *first, needed);
 }
 
 static void scatter(run_t *r, unit_t *u, const char *buffer, int64_t first)
@@ -296,11 +274,11 @@ static int launch(run_t *r, job_t *j, int64_t begin, int64_t end, char *host, in
     uint64_t target = (uint64_t)(j->target + row * j->target_stride + begin % j->run);
     if (rows == 1 || (pitch == j->run && j->target_stride == j->run))
         return r->cuda->copy(target, host, (size_t)(end - begin), stream);
-    copy_2d_t c = {0};
-    c.src_type = 1, c.src_host = host, c.src_pitch = (size_t)pitch;
-    c.dst_type = 2, c.dst_device = target, c.dst_pitch = (size_t)j->target_stride;
-    c.width = (size_t)j->run, c.height = (size_t)rows;
-    return r->cuda->copy_2d(&c, stream);
+    /* CUDA_MEMCPY2D of cuda.h as words: of the source x, y, kind (1: host), host, device, array, pitch; of
+     * the target the same (2: device); width, height. */
+    uint64_t c[16] = {0, 0, 1, (uint64_t)(intptr_t)host, 0, 0, (uint64_t)pitch, 0, 0, 2, 0, target, 0,
+                      (uint64_t)j->target_stride, (uint64_t)j->run, (uint64_t)rows};
+    return r->cuda->copy_2d(c, stream);
 }
 
 /* Reads a unit into its buffer as soon as nothing is copied from that any more, and hands it on. */
@@ -316,10 +294,10 @@ static int cuda_unit(worker_t *w, int64_t at)
     pthread_mutex_unlock(&r->lock);
     if (atomic_load(&r->stop))
         return -1;
-    atomic_fetch_add(&r->wait_ns, now_ns() - t), t = now_ns();
+    w->wait_ns += now_ns() - t, t = now_ns();
     if (r->jobs[u->job].direct ? read_direct(w, u, b->memory, &b->first) : read_usual(w, u, b->memory))
         return -1;
-    atomic_fetch_add(&r->read_ns, now_ns() - t);
+    w->read_ns += now_ns() - t;
     pthread_mutex_lock(&r->lock);
     b->filled = 1;
     pthread_cond_signal(&r->fed);
@@ -449,15 +427,16 @@ static void read_units(worker_t *w)
 
 static void *work(void *argument)
 {
-    worker_t w = *(worker_t *)argument;
-    run_t *r = w.run;
-    free(argument);
-    if (w.submits)
+    worker_t *w = argument;
+    run_t *r = w->run;
+    int submits = r->cuda && w == r->workers;
+    if (submits)
         submit(r);
     else
-        read_units(&w);
+        read_units(w);
     pthread_mutex_lock(&r->lock);
-    r->readers -= !w.submits;
+    r->read += w->read, r->calls += w->calls, r->read_ns += w->read_ns, r->wait_ns += w->wait_ns;
+    r->readers -= !submits;
     pthread_cond_broadcast(&r->fed), pthread_cond_broadcast(&r->freed);
     if (atomic_fetch_sub(&r->running, 1) == 1)
         pthread_cond_broadcast(&r->ended);
@@ -521,8 +500,8 @@ static int cut_units(run_t *r)
 static void destroy(run_t *r)
 {
     for (int64_t i = 0; i < r->started; i++)
-        pthread_join(r->ids[i], NULL);
-    free(r->ids), free(r->units), free(r->jobs), free(r->files), free(r->buffers), free(r->streams);
+        pthread_join(r->workers[i].id, NULL);
+    free(r->workers), free(r->units), free(r->jobs), free(r->files), free(r->buffers), free(r->streams);
     free(r->cuda), free(r->events);
     pthread_mutex_destroy(&r->lock), pthread_cond_destroy(&r->ended);
     pthread_cond_destroy(&r->freed), pthread_cond_destroy(&r->fed);
@@ -553,15 +532,10 @@ static void begin_threads(run_t *r)
     sigfillset(&all); /* signals are for the interpreter's own thread */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&r->lock);
-    for (int64_t i = 0; i < count; i++) {
-        worker_t *w = calloc(1, sizeof(worker_t));
-        if (w)
-            w->run = r, w->submits = r->cuda && i == 0;
-        if (!w || pthread_create(&r->ids[i], NULL, work, w)) {
-            free(w);
+    for (worker_t *w = r->workers; r->started < count; r->started++, w++) {
+        w->run = r;
+        if (pthread_create(&w->id, NULL, work, w))
             break;
-        }
-        r->started = i + 1;
     }
     int64_t readers = r->readers = r->started - (r->cuda && r->started); /* they begin, and may end, now */
     atomic_store(&r->running, r->started);
@@ -571,10 +545,7 @@ static void begin_threads(run_t *r)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static run_t *run_of(PyObject *capsule)
-{
-    return PyCapsule_GetPointer(capsule, "lading.run");
-}
+static run_t *run_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, "lading.run"); }
 
 static void forget(PyObject *capsule)
 {
@@ -594,7 +565,7 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args)
     if (!PyArg_ParseTuple(args, "LLLLLLLLLLLLL", &jobs, &num_jobs, &files, &num_files, &threads, &chunk, &gap,
                           &buffer_bytes, &buffers, &num_buffers, &streams, &num_streams, &cuda))
         return NULL;
-    if (threads < 1 || chunk < BLOCK || gap < 0 || 
+    if (threads < 1 || chunk < BLOCK || chunk > MAX_CHUNK || gap < 0 ||
         (cuda ? num_buffers < 1 || num_streams < 1 || chunk < 4 * BLOCK || buffer_bytes < chunk
               : buffer_bytes < chunk + 2 * BLOCK)) {
         PyErr_SetString(PyExc_ValueError, "threads, chunk, gap, buffers or streams are out of range");
@@ -615,8 +586,8 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args)
     r->files = copied(files, num_files, sizeof(file_t));
     r->streams = copied(streams, num_streams, sizeof(int64_t));
     r->cuda = cuda ? copied(cuda, 1, sizeof(cuda_t)) : NULL;
-    r->ids = calloc((size_t)threads + 1, sizeof(pthread_t));
-    if (!r->jobs || !r->files || !r->streams || (cuda && !r->cuda) || !r->ids || cut_units(r) ||
+    r->workers = calloc((size_t)threads + 1, sizeof(worker_t));
+    if (!r->jobs || !r->files || !r->streams || (cuda && !r->cuda) || !r->workers || cut_units(r) ||
         make_buffers(r, (const int64_t *)(intptr_t)buffers)) {
         destroy(r);
         return PyErr_NoMemory();
@@ -624,11 +595,10 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args)
     if (r->num_units < r->threads)
         r->threads = r->num_units ? r->num_units : 1;
     PyObject *capsule = PyCapsule_New(r, "lading.run", forget);
-    if (!capsule) {
+    if (capsule)
+        begin_threads(r);
+    else
         destroy(r);
-        return NULL;
-    }
-    begin_threads(r);
     return capsule;
 }
 
@@ -672,11 +642,8 @@ static PyObject *result(PyObject *Py_UNUSED(self), PyObject *capsule)
         return NULL;
     }
     fault_t *f = &r->fault;
-    return Py_BuildValue("(LLLLLL)(LLLLL)", (long long)f->kind, (long long)f->code, (long long)f->job,
-                         (long long)f->offset, (long long)f->wanted, (long long)f->got,
-                         (long long)atomic_load(&r->read), (long long)atomic_load(&r->moved),
-                         (long long)atomic_load(&r->calls), (long long)atomic_load(&r->read_ns),
-                         (long long)atomic_load(&r->wait_ns));
+    return Py_BuildValue("(LLLLLL)(LLLLL)", f->kind, f->code, f->job, f->offset, f->wanted, f->got, r->read,
+                         atomic_load(&r->moved), r->calls, r->read_ns, r->wait_ns);
 }
 
 /* Asks for huge pages where a large piece of memory is touched for the first time. */

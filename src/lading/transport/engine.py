@@ -24,7 +24,7 @@ __all__ = ["DEFAULT_CHUNK_BYTES", "Device", "Engine", "Fault", "Stats", "native_
 DEFAULT_CHUNK_BYTES = 2 * 2**20
 """A unit: large enough that its calls do not count, small enough to stay in a core's cache."""
 
-DEFAULT_GAP_BYTES = 2048
+DEFAULT_GAP_BYTES = 4096
 """A gap of so many bytes costs as much to read as a second call (benchmarks/README.md)."""
 
 BLOCK_BYTES = 4096
