@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,8 @@ def memory(num_bytes: int) -> None:
         compare(
             name,
             part.nbytes,
-            lambda d=dtype, s=shape, r=region, p=part: sums_of(d, s, r, p),
-            lambda f=flat: hashlib.sha256(f).digest(),
+            partial(sums_of, dtype, shape, region, part),
+            partial(hashlib.sha256, flat.data),
         )
 
 

@@ -3,8 +3,8 @@
     python benchmarks/plan_scale.py [--tp 1 2 16 64] [--runs 3] [--profile]
 
 The files are written here: headers with that model's names, dtypes and shapes, and holes where the
-weights would be, so nothing of them takes room. Planned is one rank of each TP size, in a process of
-its own, through the code that `lading plan` runs: open the headers, recognise the quantisation,
+weights would be, so nothing of them takes room. Planned is one rank of each TP size, in a process
+of its own, through the code that `lading plan` runs: open the headers, recognise the quantisation,
 declare the targets, bind, prove, copy. Medians of the runs, in seconds of the wall and of the CPU.
 
 The model: 61 layers and the one for multi-token prediction, FP8 with 128 x 128 block scales, 256
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from lading import models
@@ -193,7 +194,7 @@ def measure(folder: Path, tp_size: int) -> dict[str, float]:
     cpu = time.process_time()
     _, plan = plan_one(folder, tp_size, marks)
     cpu = time.process_time() - cpu
-    stages = {name: at - before for (_, before), (name, at) in zip(marks, marks[1:], strict=False)}
+    stages = {name: at - before for (_, before), (name, at) in pairwise(marks)}
     wall = marks[-1][1] - marks[0][1]
     copies = len(plan.shares[0].copies)
     return {**stages, "wall": wall, "cpu": cpu, "copies": copies}

@@ -111,7 +111,8 @@ def test_regions(case: tuple[str, tuple[int, ...], Region], as_bytes: bool) -> N
 @st.composite
 def partitions(draw: Any, shape: tuple[int, ...]) -> list[Region]:
     """Boxes that have each element once: cut in two, or into every other index, and so on."""
-    done, open_boxes = [], [Region.whole(shape)]
+    done: list[Region] = []
+    open_boxes = [Region.whole(shape)]
     while open_boxes:
         box = open_boxes.pop(draw(st.integers(0, len(open_boxes) - 1)))
         dims = [dim for dim, size in enumerate(box.size) if size > 1]

@@ -21,6 +21,7 @@ from lading.errors import ConflictError, DtypeError, FileError, LadingError, Pla
 from lading.nn import ParallelLayer
 from lading.parameter import BasevLLMParameter, permute_param_layout_
 from lading.ranks import Ranks, all_ranks
+from lading.sharding import shard
 from tests.end_to_end.checkpoints import FAMILIES, checkpoint
 from tests.loading_made import indices, on_meta, save, shapes
 from tests.schemes.cutting import fixture
@@ -184,6 +185,21 @@ def test_a_kernels_own_format_is_refused(tmp_path: Path) -> None:
     ]
 
 
+def test_a_kernel_with_a_way_back(tmp_path: Path) -> None:
+    folder = checkpoint("llama", files=3)
+    model = lading.from_pretrained(folder, ranks=Ranks(), device="cpu")
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert isinstance(layer, ParallelLayer)
+    kernel = Doubled()
+    kernel.unpack = lambda packed: vars(packed)["_parameters"]["weight"].data.div_(2)
+    layer.process_weights_after_loading(kernel)
+    with pytest.raises(PlanError, match=r"Try: layer.restore_weights\(\) before the export"):
+        lading.export(model, tmp_path / "out")
+    layer.restore_weights()
+    lading.export(model, tmp_path / "out")
+    assert files_of(tmp_path / "out") == expected(folder)
+
+
 def test_permuted_parameters_go_back(tmp_path: Path) -> None:
     folder = checkpoint("qwen2", files=2)
     models = models_of(folder, 2)
@@ -306,6 +322,25 @@ def test_torch_files_become_safetensors(tmp_path: Path) -> None:
         "model.safetensors.index.json",
     ]
     assert any("has torch files" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["gptq-v1-w4-g64-asym", ""])
+def test_a_pre_sharded_folder_gives_the_original_files(name: str, tmp_path: Path) -> None:
+    folder = fixture(name) if name else checkpoint("qwen2", files=3)
+    shard(folder, tp_size=2, out=tmp_path / "shards")
+    for tp_size in (2, 4):
+        out = tmp_path / str(tp_size)
+        report = export_all(models_of(tmp_path / "shards", tp_size), out)
+        assert files_of(out) == expected(folder)
+        assert report.notes == ()
+
+
+def test_parameters_made_in_inference_mode(tmp_path: Path) -> None:
+    folder = checkpoint("llama", files=3)
+    with torch.inference_mode():
+        models = models_of(folder, 2, torch.float64)  # each block is cast
+        export_all(models, tmp_path / "out")
+    assert files_of(tmp_path / "out") == expected(folder)
 
 
 def test_another_source(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_split_into_other_files(folder: Path, tmp_path: Path) -> None:
     """
     tensors = {k: t for file in folder.glob("*.safetensors") for k, t in load_file(file).items()}
     names = sorted(tensors)[::-1]
-    index = {}
+    index: dict[str, str] = {}
     for i in range(3):
         file = f"part-{i}.safetensors"
         save_file({name: tensors[name] for name in names[i::3]}, tmp_path / file)

@@ -158,7 +158,8 @@ def export_models(
 ) -> list[ExportReport]:
     """`export` of one rank in each process of the group; or, without one, of all ranks in this."""
     began = time.perf_counter()
-    first = next(iter(models))
+    first, path = next(iter(models)), os.path.realpath(options.path)
+    assert group is not None or len(models) == first.tp_size, "all ranks are here, or in the group"
 
     def prepare() -> _Work:
         _check_options(options)
@@ -166,14 +167,13 @@ def export_models(
         return _prepare(models[first], lives, options)
 
     with torch.inference_mode(False), torch.no_grad():
-        work = agreed(prepare, lambda done: done.plan.digest, group)
+        work = agreed(prepare, lambda done: (done.plan.digest, path, options.overwrite), group)
         found = agreed(work.compare, _no_facts, group)
         everyones = ranks_module.exchange(found, group)
         check_replicas(work.plan.plan, [digests for digests, _ in everyones])
         padding = sorted({name for _, names in everyones for name in names})
         written = _write(work, group, options, progress, is_maker=first.tp_rank == 0)
     seconds = time.perf_counter() - began
-    path = os.path.realpath(options.path)
     return [_report(ranks, work.plan, path, written, tuple(padding), seconds) for ranks in models]
 
 

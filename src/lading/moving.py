@@ -22,7 +22,9 @@ from lading.regions import Region
 __all__ = ["DEFAULT_MEMORY_BYTES", "Collected", "Mover"]
 
 DEFAULT_MEMORY_BYTES = 2**28
-MAX_BAND_BYTES = 16 * 2**20
+MAX_BAND_BYTES = 2 * 2**20
+"""Larger bands leave the cache between reading, hashing and writing: 1.7 s of CPU for 1.94 GB, with
+16 MiB 2.6 s (merge, TP 4, 2 cores)."""
 MAX_THREADS = 4
 
 _COPIES = 6

@@ -165,11 +165,12 @@ class Plan:
 
     def casts(self) -> tuple[tuple[str, str, str], ...]:
         """(target, stored dtype, parameter dtype) wherever the two differ."""
-        found = {
-            (b.target, self.sources[b.source].dtype, self.target(b.target).dtype): None
-            for b in self.bindings
-        }
-        return tuple(key for key in found if key[1] != key[2])
+        found: dict[tuple[str, str, str], None] = {}
+        for binding in self.bindings:
+            stored, wanted = self.sources[binding.source].dtype, self.target(binding.target).dtype
+            if stored != wanted:
+                found[binding.target, stored, wanted] = None
+        return tuple(found)
 
     @cached_property
     def _local_shapes(self) -> Mapping[int, tuple[int, ...]]:

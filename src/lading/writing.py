@@ -17,7 +17,16 @@ from lading import dtypes
 from lading.errors import DtypeError
 from lading.regions import Copy, Region
 
-__all__ = ["address", "check_dtypes", "check_values", "fill", "memory", "same_bits", "view_of", "write"]
+__all__ = [
+    "address",
+    "check_dtypes",
+    "check_values",
+    "fill",
+    "memory",
+    "same_bits",
+    "view_of",
+    "write",
+]
 
 
 def view_of(tensor: torch.Tensor, region: Region) -> torch.Tensor:

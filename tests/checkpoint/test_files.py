@@ -296,3 +296,21 @@ def test_copy_file(tmp_path: Path) -> None:
         copy_file(tmp_path / "none", tmp_path / "b")
     assert "No such file or directory" in message_of(caught)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_forgotten_files_are_read_again_and_no_further(tmp_path: Path) -> None:
+    from lading.transport.residency import resident_bytes
+
+    size = 32 * 2**20
+    (tmp_path / "f").write_bytes(bytes(range(256)) * (size // 256))
+    with ByteReader(str(tmp_path), {"f": size}) as reader:
+        reader.forget("f")
+        before = resident_bytes(reader.descriptor("f"), size)
+        reader.read_no_further("f")
+        buffer = memoryview(bytearray(256))
+        reader.read_into("f", 8 * 2**20, buffer)
+        after = resident_bytes(reader.descriptor("f"), size)
+    assert bytes(buffer) == bytes(range(256))
+    if before == 0:  # elsewhere the file system keeps its pages, or nobody says what is there
+        assert after is not None
+        assert 0 < after <= 64 * 2**10

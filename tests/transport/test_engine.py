@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +167,20 @@ def test_what_the_system_refuses(native: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("native", ENGINES)
 def test_the_first_fault_in_order_is_told(native: bool, tmp_path: Path) -> None:
     """However the threads are scheduled: units are begun in order, and those begun are finished."""
-    files = [noise(50_000, i) for i in range(3)]
-    grids = [(file, i * 5000, 5000, 1, 5000, 0, 0) for file in range(3) for i in range(10)]
+    size = 20_000
+    files = [noise(10 * size, i) for i in range(3)]
+    grids = [(file, i * size, size, 1, size, 0, 0) for file in range(3) for i in range(10)]
     work = work_of(files, grids)
     paths = work.write(tmp_path)
     folder = os.open(tmp_path, os.O_RDONLY)
     with opened(paths) as good:
-        os.truncate(paths[1], 4 * 5000 + 4500)
-        for _ in range(30):
-            engine = Engine(threads=8, chunk_bytes=4096, native=native)
-            fault = engine.run(work.jobs, [*good[:2], (folder, -1)])
+        os.truncate(paths[1], 4 * size + UNIT + 404)
+        for number in range(60):
+            engine = Engine(threads=8, chunk_bytes=UNIT, native=native)
+            gpu = FakeGpu(8, 2, UNIT) if number % 2 else None
+            fault = engine.run(work.jobs, [*good[:2], (folder, -1)], device=gpu)
             assert fault is not None
-            assert (fault.kind, fault.job, fault.offset) == (FILE_ENDED, 14, 4 * 5000 + 4096)
+            assert (fault.kind, fault.job, fault.offset) == (FILE_ENDED, 14, 4 * size + UNIT)
             assert fault.got == 404
     os.close(folder)
     assert work.is_partly_done()
@@ -267,11 +270,12 @@ def test_ctrl_c(native: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     engine = Engine(threads=2, chunk_bytes=UNIT, native=native)
     gpu, gate = gated(2, engine, monkeypatch)
     work, main = neighbours(200, UNIT), threading.main_thread().ident or 0
+    copies = count()
 
     def on_copy() -> None:
-        if not gate.is_set():
+        if next(copies) == 0:
             signal.pthread_kill(main, signal.SIGINT)
-            gate.wait(30)
+        gate.wait(30)
 
     gpu.on_copy = on_copy
     with opened(work.write(tmp_path)) as files, pytest.raises(KeyboardInterrupt):

@@ -23,8 +23,9 @@ from lading.layouts import Layout
 from lading.plan import Plan, Target, make_plan
 from lading.ranks import Ranks, all_ranks
 from lading.specs import Along, Dim, TensorSpec, dense_specs
-from lading.transport import HostTransport, Limits, Moved, Transport, moving
+from lading.transport import HostTransport, Limits, Moved, Transport, moving, sorting
 from lading.transport.engine import BLOCK_BYTES, Engine, native_engine
+from lading.transport.residency import resident_bytes
 
 from ..oracles import index_of, numbered
 from .made import FakeGpu
@@ -194,6 +195,7 @@ def small_units(native: bool, *, on_gpu: bool = False) -> Iterator[None]:
         )
         patch.setattr(moving, "COLD_CHUNK_BYTES", CHUNK)
         patch.setattr(moving, "GPU_CHUNK_BYTES", CHUNK)
+        patch.setattr(sorting, "BATCH_COPIES", 3)
         if on_gpu:
             patch.setattr(torch, "empty", on_host)
             patch.setattr(torch.cuda, "current_stream", lambda _: _Stream())
@@ -522,7 +524,7 @@ def test_cold_files_are_read_past_the_page_cache(tmp_path: Path) -> None:
     try:
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        left = moving.resident_bytes(fd, file.stat().st_size)
+        left = resident_bytes(fd, file.stat().st_size)
         if left is None or left > file.stat().st_size // 10:
             pytest.skip("nobody can say what is in the page cache, or it stays there")
         memory = torch.zeros(1 << 10, 128, dtype=torch.float64)
@@ -533,7 +535,7 @@ def test_cold_files_are_read_past_the_page_cache(tmp_path: Path) -> None:
             found = Transport(reader=reader).run(
                 plan, plan.share(Ranks()), {"w.weight": memory}, lambda _: None
             )
-        after = moving.resident_bytes(fd, file.stat().st_size)
+        after = resident_bytes(fd, file.stat().st_size)
     finally:
         os.close(fd)
     assert torch.equal(memory, full)

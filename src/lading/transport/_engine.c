@@ -94,7 +94,7 @@ typedef struct run {
     int64_t started, readers, arrived; /* units before `arrived` have left their buffers */
     long long read, calls, read_ns, wait_ns; /* of threads that have ended */
     atomic_llong next, running, moved;
-    atomic_int stop;
+    atomic_int stop; /* & 1: no unit is begun any more; & 2: nor is any read, as buffers may be in use */
     pthread_mutex_t lock;
     pthread_cond_t ended, freed, fed;
     fault_t fault;
@@ -114,7 +114,7 @@ static int fail(run_t *r, fault_t fault)
     if (!f->kind || fault.job < f->job || (fault.job == f->job && fault.offset < f->offset))
         *f = fault;
     pthread_mutex_unlock(&r->lock);
-    atomic_store(&r->stop, 1);
+    atomic_fetch_or(&r->stop, fault.kind == FAILED_CUDA ? 3 : 1);
     return -1;
 }
 
@@ -291,8 +291,9 @@ static int cuda_unit(worker_t *w, int64_t at)
     pthread_mutex_lock(&r->lock);
     while (at >= r->arrived + r->num_buffers && !atomic_load(&r->stop))
         pthread_cond_wait(&r->freed, &r->lock);
+    int is_free = at < r->arrived + r->num_buffers && !(atomic_load(&r->stop) & 2);
     pthread_mutex_unlock(&r->lock);
-    if (atomic_load(&r->stop))
+    if (!is_free) /* else it is read even after a fault of a later unit: the first fault is told */
         return -1;
     w->wait_ns += now_ns() - t, t = now_ns();
     if (r->jobs[u->job].direct ? read_direct(w, u, b->memory, &b->first) : read_usual(w, u, b->memory))
@@ -552,7 +553,7 @@ static void forget(PyObject *capsule)
     run_t *r = run_of(capsule);
     if (!r)
         return;
-    atomic_store(&r->stop, 1);
+    atomic_fetch_or(&r->stop, 1);
     Py_BEGIN_ALLOW_THREADS
     destroy(r);
     Py_END_ALLOW_THREADS
@@ -628,7 +629,7 @@ static PyObject *stop(PyObject *Py_UNUSED(self), PyObject *capsule)
     run_t *r = run_of(capsule);
     if (!r)
         return NULL;
-    atomic_store(&r->stop, 1);
+    atomic_fetch_or(&r->stop, 1);
     Py_RETURN_NONE;
 }
 

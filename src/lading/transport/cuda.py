@@ -57,7 +57,7 @@ class Gpu:
         self._device = device
         self._driver = _driver()
         with torch.cuda.device(device):
-            self._streams = [torch.cuda.Stream(device) for _ in range(NUM_STREAMS)]
+            self._streams = [torch.cuda.Stream(device) for _ in range(NUM_STREAMS)]  # type: ignore[no-untyped-call]
         self.follow()
         self.streams: Sequence[int] = [stream.cuda_stream for stream in self._streams]
         self._first, self._locked = 0, False

@@ -106,7 +106,7 @@ def native_engine() -> ModuleType | None:
         from lading.transport import _engine
     except ImportError:
         return None
-    return _engine  # type: ignore[return-value]
+    return _engine
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The engine in Python, for machines where the native one was not built: the same units, one by one.
+"""The engine in Python, for machines where the native one was not built: the same units, in turn.
 
 It is the same work in the same order; what the native engine gains is that its threads do not wait
 for the interpreter. Tests hold the two to the same bytes, the same calls and the same faults.
@@ -6,6 +6,7 @@ for the interpreter. Tests hold the two to the same bytes, the same calls and th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -138,7 +139,7 @@ class PythonRun:
     def take(self) -> Unit | None:
         """The next unit; None where there is none, or none may be begun any more.
 
-        Units are begun in order, so a fault that ends the run is that of the first job that has one.
+        Units are begun in order, so the fault that ends a run is that of the first job with one.
         """
         with self.lock:
             return None if self._stopped else next(self._units, None)
@@ -273,10 +274,10 @@ class _Worker:
         length = -(-needed // BLOCK_BYTES) * BLOCK_BYTES
         got = 0
         if direct >= 0:
-            try:
+            with contextlib.suppress(
+                OSError
+            ):  # what it cannot do, the usual read does, or says why
                 got = os.preadv(direct, [_memory(buffer, length)], first)
-            except OSError:
-                pass  # what a direct read cannot do, the usual one does, or says why not
             self._count(got if got >= needed else 0)
         if got < needed:
             self._read(unit[0], fd, [_memory(buffer, needed)], first)

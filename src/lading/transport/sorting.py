@@ -1,7 +1,7 @@
 """Which copies go straight, as jobs, and which by value: what a small tensor costs in Python.
 
-A copy goes straight where both ends are boxes of row-major memory of one dtype. The copies are sorted
-a batch at a time, the next one while the engine moves the one before.
+A copy goes straight where both ends are boxes of row-major memory of one dtype. Copies are sorted a
+batch at a time, the next one while the engine moves the one before.
 """
 
 from __future__ import annotations
@@ -117,10 +117,7 @@ class Sorting:
             if file is None:
                 with located(source, copy.target, copy.part):
                     file = opened.number(source.file)
-            is_direct = opened.is_cold[file]
-            if is_direct and kind.is_shared:
-                opened.files.will_need(source.file, source.offset_bytes, source.num_bytes)
-                is_direct = False
+            is_direct = opened.is_cold[file] and not kind.is_shared
             work.jobs.add(kind.piece, file, source.offset_bytes, address, is_direct)
             work.copies.append(copy)
             if kind.is_large:
@@ -166,6 +163,8 @@ class Opened:
         remote = bool(is_remote(fd))
         cold = self._direct if self._direct is not None else not remote and self._is_cold(fd, file)
         direct_fd = self.files.direct_descriptor(file) if cold else -1
+        if cold:
+            self.files.read_no_further(file)  # what is read past the page cache is not read twice
         self.names.append(file)
         self.descriptors.append((fd, direct_fd))
         self.is_cold.append(cold and direct_fd >= 0)
