@@ -1,8 +1,10 @@
 """Loads a Llama-shaped checkpoint rank by rank, beside safetensors + narrow + copy_.
 
     python benchmarks/load.py [--kind dense|gptq] [--gigabytes 2] [--tp 1 2 8] [--runs 5]
+                              [--small-pages]
 
-`dense` is bf16; `gptq` is int4 in groups of 128, with four tensors for each linear layer.
+`dense` is bf16; `gptq` is int4 in groups of 128, with four tensors for each linear layer. With
+--small-pages lading does not ask for huge pages for the new parameters.
 
 Both sides fill the same parameters of one rank after another, in one process each, alternating,
 from the page cache; each run is its own process, so that its peak memory is its own. Prints a
@@ -203,7 +205,7 @@ def _copy_part(
     model[key].narrow(dim, at, sizes[position]).copy_(local)
 
 
-def measure(folder: Path, side: str, tp_size: int) -> dict[str, float]:
+def measure(folder: Path, side: str, tp_size: int, small_pages: bool) -> dict[str, float]:
     """One run in a process of its own."""
     command = [
         sys.executable,
@@ -214,6 +216,7 @@ def measure(folder: Path, side: str, tp_size: int) -> dict[str, float]:
         side,
         "--tp",
         str(tp_size),
+        *(["--small-pages"] if small_pages else []),
     ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -226,6 +229,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2, 8])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--small-pages", action="store_true")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--side", choices=["lading", "peer"])
     options = parser.parse_args()
@@ -236,8 +240,11 @@ def main() -> None:
 
         import lading.models.decoder
         import lading.pretrained  # noqa: F401
+        from lading.transport import sorting
 
         torch.set_num_threads(2)
+        if options.small_pages:
+            sorting.HUGE_TENSOR_BYTES = 2**62
         run = run_lading if options.side == "lading" else run_peer
         seconds, read = run(options.folder, options.tp[0])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -258,7 +265,7 @@ def main() -> None:
             both: dict[str, list[dict[str, float]]] = {"lading": [], "peer": []}
             for turn in range(options.runs + 1):
                 for side, results in both.items():
-                    result = measure(folder, side, tp_size)
+                    result = measure(folder, side, tp_size, options.small_pages)
                     if turn:  # the first warms the page cache
                         results.append(result)
             pairs = zip(both["peer"], both["lading"], strict=True)

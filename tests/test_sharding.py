@@ -168,6 +168,16 @@ def test_torch_files(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], full[name]) for name in full)
 
 
+def test_without_digests(tmp_path: Path) -> None:
+    source = made(tmp_path / "source")
+    shard(source, tp_size=2, out=tmp_path / "tp2")
+    reshard_files(tmp_path / "tp2", tp_size=4, out=tmp_path / "tp4")
+    reshard_files(tmp_path / "tp2", tp_size=4, out=tmp_path / "fast", verify=False)
+    assert hashes(tmp_path / "fast") == hashes(tmp_path / "tp4")
+    merge(tmp_path / "fast", out=tmp_path / "merged", verify=False)
+    assert hashes(tmp_path / "merged") == hashes(source)
+
+
 @pytest.mark.parametrize("memory_bytes", [1, 1000, 10**5])
 def test_any_memory_will_do(memory_bytes: int, tmp_path: Path) -> None:
     changes = {"num_hidden_layers": 1, "vocab_size": 11, "hidden_size": 8, "intermediate_size": 16}

@@ -179,6 +179,9 @@ NewTp = Annotated[int, typer.Option("--tp", metavar="N", min=1, max=1024, help="
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the checkpoint that FOLDER holds.")
 ]
+Verify = Annotated[
+    bool, typer.Option(help="Compare each tensor's digest with the one that was taken by shard.")
+]
 Sharded = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `lading shard` wrote.")]
 
 
@@ -212,6 +215,7 @@ def reshard(
     tp: NewTp,
     out: Out,
     overwrite: Overwrite = False,
+    verify: Verify = True,
     as_json: Json = False,
 ) -> None:
     """Turns a folder of `lading shard` into one of another number of ranks, file to file."""
@@ -221,14 +225,22 @@ def reshard(
         from lading.ranks import Ranks
 
         bar = progress.bar_of(Ranks(), "resharding")
-        done = sharding.reshard_files(path, tp_size=tp, out=out, overwrite=overwrite, progress=bar)
+        done = sharding.reshard_files(
+            path, tp_size=tp, out=out, overwrite=overwrite, verify=verify, progress=bar
+        )
         return True, _written(done, as_json)
 
     run_command("reshard", work, as_json)
 
 
 @app.command()
-def merge(path: Sharded, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
+def merge(
+    path: Sharded,
+    out: Out,
+    overwrite: Overwrite = False,
+    verify: Verify = True,
+    as_json: Json = False,
+) -> None:
     """Puts a folder of `lading shard` together again: the original files, byte for byte."""
 
     def work() -> tuple[bool, dict[str, Any]]:
@@ -236,7 +248,7 @@ def merge(path: Sharded, out: Out, overwrite: Overwrite = False, as_json: Json =
         from lading.ranks import Ranks
 
         bar = progress.bar_of(Ranks(), "merging")
-        done = sharding.merge(path, out=out, overwrite=overwrite, progress=bar)
+        done = sharding.merge(path, out=out, overwrite=overwrite, verify=verify, progress=bar)
         return True, _written(done, as_json)
 
     run_command("merge", work, as_json)

@@ -78,8 +78,13 @@ class Mover:
         """The most that a band has."""
         return max(1, min(self.memory_bytes // (self.num_threads * _COPIES), MAX_BAND_BYTES))
 
-    def run(self, plan: Plan, views: Views, source: End, target: End, collected: Collected) -> None:
-        """Moves all that ranks keep. Raises the first error, when no thread writes any more."""
+    def run(
+        self, plan: Plan, views: Views, source: End, target: End, collected: Collected | None
+    ) -> None:
+        """Moves all that ranks keep. Raises the first error, when no thread writes any more.
+
+        collected   takes the digests; None = they are not wanted
+        """
         work = _Work(bands(plan, views, self.band_bytes), source, target, collected, self.advance)
         with ThreadPoolExecutor(self.num_threads) as pool:
             try:
@@ -95,7 +100,7 @@ class Mover:
         old: Mapping[str, Source],
         new: Mapping[str, Source],
         writers: Mapping[str, FileWriter],
-        collected: Collected,
+        collected: Collected | None,
     ) -> None:
         """Tensors that no rank keeps, each in runs of its bytes, from where they were."""
         for name in names:
@@ -105,9 +110,10 @@ class Mover:
             for at in range(0, source.num_bytes, step):
                 memory = memoryview(bytearray(min(step, source.num_bytes - at)))
                 reader.read_into(source, at, memory)
-                first, count = at // item, memory.nbytes // item
-                whole = num_stored(source.dtype, source.shape)
-                collected.add(name, Region.box((whole,), [(first, first + count)]), memory)
+                if collected is not None:
+                    first, count = at // item, memory.nbytes // item
+                    whole = num_stored(source.dtype, source.shape)
+                    collected.add(name, Region.box((whole,), [(first, first + count)]), memory)
                 writers[place.file].write(place.offset_bytes + at, memory)
                 self.advance(memory.nbytes)
 
@@ -120,7 +126,7 @@ class _Work:
         todo: Iterator[Band],
         source: End,
         target: End,
-        collected: Collected,
+        collected: Collected | None,
         advance: Callable[[int], None],
     ) -> None:
         self.todo, self.source, self.target = todo, source, target
@@ -144,7 +150,8 @@ class _Work:
     def _move(self, band: Band) -> None:
         values = self.source.read(band)
         for name, box in band.boxes:
-            self.collected.add(name, box, values[name])
+            if self.collected is not None:
+                self.collected.add(name, box, values[name])
         self.target.write(band, values)
         with self._lock:
             self.advance(sum(array.nbytes for array in values.values()))

@@ -99,13 +99,15 @@ class Options:
 class Job:
     """A pre-sharded folder that is to be written.
 
-    inputs   folders that are read
+    inputs    folders that are read
+    digests   those that have to come out
     """
 
     plan: Plan
     original: Original
     inputs: tuple[str, ...]
     options: Options
+    digests: Mapping[str, str] | None = None
 
     def run(
         self,
@@ -120,7 +122,7 @@ class Job:
 
         source         where the elements come from that ranks keep
         reader, rest   where those come from that none keeps
-        known          digests of a folder that was sharded before: they have to come out again
+        known          digests that are taken over as they are; None = they are worked out
         """
         sizes = self._sizes()
         moved = sum(one.num_bytes for one in self.original.sources.values())
@@ -128,9 +130,11 @@ class Job:
             for name, num_bytes in sizes.items():
                 out.create_file(name, num_bytes, self._head(name, None))
             with open_writers(out, list(sizes)) as writers:
-                digests = self._fill(source, reader, rest, writers, mover)
-                if known is not None:
-                    check_digests(digests, known)
+                collected = None if known is not None else Collected(self.original.sources)
+                self._fill(source, reader, rest, writers, mover, collected)
+                digests = collected.digests() if collected is not None else known or {}
+                if self.digests is not None:
+                    check_digests(digests, self.digests)
                 self._check_twins(digests)
                 others = tuple(other_file(path, name) for path, name in self.original.others)
                 manifest = Manifest(
@@ -188,7 +192,8 @@ class Job:
         rest: Mapping[str, Source],
         writers: Mapping[str, FileWriter],
         mover: Mover,
-    ) -> dict[str, str]:
+        collected: Collected | None,
+    ) -> None:
         sizes = self._sizes()
         size = self.plan.tp_size
         first = _places(rank_file(0, size), self._head, sizes)
@@ -197,14 +202,12 @@ class Job:
             for rank in range(size)
         ]
         views = source.views if isinstance(source, Shards) else views_of([self.plan])
-        collected = Collected(self.original.sources)
         target = Shards(self.plan, stored, views, writers=writers)
         mover.run(self.plan, views, source, target, collected)
         names = [one.name for one in self._rest()]
         if names:
             places = _places(REST, self._head, sizes)
             mover.copy_rest(names, reader, rest, places, writers, collected)
-        return collected.digests()
 
     def _check_twins(self, digests: Mapping[str, str]) -> None:
         for tie in self.plan.ties:

@@ -428,9 +428,6 @@ def test_results_are_for_runs_that_have_ended(monkeypatch: pytest.MonkeyPatch) -
     for call in (native.stop, native.result, lambda x: native.wait(x, 0.0)):
         with pytest.raises((TypeError, ValueError)):
             call(object())
-    # Advice for memory that is not there, or less than a page, is no error.
-    native.advise(4096 * 10, 4096 * 600)
-    native.advise(4097, 3)
 
 
 def test_which_engine_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,3 +106,9 @@ def test_kernels_and_systems_that_cannot_say(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "platform", "darwin")
     assert resident_bytes(0, 100) is None
     assert is_remote(0) is None
+
+
+def test_advice_is_only_advice() -> None:
+    """Memory that is not there, or less than a page of it, is no error."""
+    residency.use_huge_pages(4096 * 10, 4096 * 600)
+    residency.use_huge_pages(4097, 3)

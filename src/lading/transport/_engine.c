@@ -16,9 +16,7 @@
  */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
-#ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030a0000
-#endif
 #include <Python.h>
 #include <errno.h>
 #include <pthread.h>
@@ -27,7 +25,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -35,18 +32,12 @@
 enum { MAX_SEGMENTS = 1024, BLOCK = 4096, NOT_READY = 600 };
 #define MAX_CHUNK ((int64_t)1 << 29) /* with its gaps less than what one preadv reads */
 
-typedef struct {
-    int64_t file, offset, target, run, rows, file_stride, target_stride, direct;
-} job_t;
+typedef struct { int64_t file, offset, target, run, rows, file_stride, target_stride, direct; } job_t;
 
 /* Bytes [begin, end) of one job's runs laid end to end, or all of the jobs `job` to `last`. */
-typedef struct {
-    int64_t job, last, begin, end;
-} unit_t;
+typedef struct { int64_t job, last, begin, end; } unit_t;
 
-typedef struct {
-    int64_t fd, direct_fd; /* -1: none */
-} file_t;
+typedef struct { int64_t fd, direct_fd; /* -1: none */ } file_t;
 
 /* Of the CUDA driver: each returns 0 where all is well. */
 typedef struct {
@@ -63,9 +54,7 @@ typedef struct {
 
 enum { FAILED_READ = 1, FILE_ENDED = 2, FAILED_CUDA = 3, NO_MEMORY = 4 };
 
-typedef struct {
-    long long kind, code, job, offset, wanted, got;
-} fault_t;
+typedef struct { long long kind, code, job, offset, wanted, got; } fault_t;
 
 typedef struct { /* a page-locked buffer: unit i goes through buffer i modulo their number */
     char *memory;
@@ -82,6 +71,7 @@ typedef struct { /* what one thread works with */
 } worker_t;
 
 typedef struct run {
+    PyObject *args; /* hold the memory of the tables */
     job_t *jobs;
     file_t *files;
     unit_t *units;
@@ -100,15 +90,12 @@ typedef struct run {
     fault_t fault;
 } run_t;
 
-static int64_t now_ns(void)
-{
+static int64_t now_ns(void) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    return clock_gettime(CLOCK_MONOTONIC, &t), (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static int fail(run_t *r, fault_t fault)
-{
+static int fail(run_t *r, fault_t fault) {
     pthread_mutex_lock(&r->lock);
     fault_t *f = &r->fault;
     if (!f->kind || fault.job < f->job || (fault.job == f->job && fault.offset < f->offset))
@@ -121,8 +108,7 @@ static int fail(run_t *r, fault_t fault)
 static int cuda_failed(run_t *r, int64_t job, int code) { return fail(r, (fault_t){FAILED_CUDA, code, job, 0, 0, 0}); }
 
 /* Fills the segments, `wanted` bytes, from `offset` on; short reads go on where they ended. */
-static int read_all(worker_t *w, int64_t job, int fd, struct iovec *iov, int count, int64_t offset, int64_t wanted)
-{
+static int read_all(worker_t *w, int64_t job, int fd, struct iovec *iov, int count, int64_t offset, int64_t wanted) {
     run_t *r = w->run;
     int64_t done = 0;
     while (done < wanted) {
@@ -135,14 +121,10 @@ static int read_all(worker_t *w, int64_t job, int fd, struct iovec *iov, int cou
         if (got == 0)
             return fail(r, (fault_t){FILE_ENDED, 0, job, offset, wanted, done});
         done += got, w->read += got;
-        while (count && (size_t)got >= iov->iov_len) {
+        for (; count && (size_t)got >= iov->iov_len; iov++, count--)
             got -= (ssize_t)iov->iov_len;
-            iov++, count--;
-        }
-        if (count) {
-            iov->iov_base = (char *)iov->iov_base + got;
-            iov->iov_len -= (size_t)got;
-        }
+        if (count)
+            iov->iov_base = (char *)iov->iov_base + got, iov->iov_len -= (size_t)got;
     }
     return 0;
 }
@@ -152,15 +134,13 @@ typedef struct { /* segments that are neighbours in the file, not yet read */
     int fd, count;
 } batch_t;
 
-static int flush(worker_t *w, batch_t *b)
-{
+static int flush(worker_t *w, batch_t *b) {
     int bad = b->count ? read_all(w, b->job, b->fd, w->iov, b->count, b->first, b->next - b->first) : 0;
     b->count = 0;
     return bad;
 }
 
-static int add(worker_t *w, batch_t *b, int64_t job, int64_t offset, char *into, int64_t bytes)
-{
+static int add(worker_t *w, batch_t *b, int64_t job, int64_t offset, char *into, int64_t bytes) {
     run_t *r = w->run;
     int fd = (int)r->files[r->jobs[job].file].fd;
     int64_t gap = offset - b->next;
@@ -179,39 +159,32 @@ static int add(worker_t *w, batch_t *b, int64_t job, int64_t offset, char *into,
     return 0;
 }
 
-/* The runs of bytes [begin, end) of a job, one after another: into the target, or packed. */
-static int read_runs(worker_t *w, batch_t *b, int64_t job, int64_t begin, int64_t end, char *packed)
-{
-    job_t *j = &w->run->jobs[job];
-    for (int64_t at = begin; at < end;) {
-        int64_t row = at / j->run, in = at % j->run;
-        int64_t bytes = j->run - in < end - at ? j->run - in : end - at;
-        char *into = packed ? packed + (at - begin)
-                            : (char *)(intptr_t)(j->target + row * j->target_stride + in);
-        if (add(w, b, job, j->offset + row * j->file_stride + in, into, bytes))
-            return -1;
-        at += bytes;
-    }
-    return 0;
-}
-
 /* Job k of a unit: its bytes [begin, end). */
-static job_t *part_of(run_t *r, const unit_t *u, int64_t k, int64_t *begin, int64_t *end)
-{
+static job_t *part_of(run_t *r, const unit_t *u, int64_t k, int64_t *begin, int64_t *end) {
     int group = u->last > u->job;
     *begin = group ? 0 : u->begin, *end = group ? r->jobs[k].run : u->end;
     return &r->jobs[k];
 }
 
+/* The dense bytes of a job from byte `at` of its runs on, before `end`: where they are on either side. */
+static int64_t piece_of(const job_t *j, int64_t at, int64_t end, int64_t *offset, char **target) {
+    int64_t row = at / j->run, in = at % j->run, left = j->run - in;
+    *offset = j->offset + row * j->file_stride + in;
+    *target = (char *)(intptr_t)(j->target + row * j->target_stride + in);
+    return left < end - at ? left : end - at;
+}
+
 /* The runs of a unit through the page cache: into the targets, or packed. */
-static int read_usual(worker_t *w, unit_t *u, char *packed)
-{
+static int read_usual(worker_t *w, unit_t *u, char *packed) {
     batch_t b = {0, 0, 0, -1, 0};
-    for (int64_t k = u->job, begin, end; k <= u->last; k++) {
-        part_of(w->run, u, k, &begin, &end);
-        if (read_runs(w, &b, k, begin, end, packed))
-            return -1;
-        packed = packed ? packed + (end - begin) : NULL;
+    for (int64_t k = u->job, begin, end, bytes, offset; k <= u->last; k++) {
+        job_t *j = part_of(w->run, u, k, &begin, &end);
+        for (char *into; begin < end; begin += bytes) {
+            bytes = piece_of(j, begin, end, &offset, &into);
+            if (add(w, &b, k, offset, packed ? packed : into, bytes))
+                return -1;
+            packed = packed ? packed + bytes : NULL;
+        }
     }
     return flush(w, &b);
 }
@@ -220,8 +193,7 @@ static int64_t offset_of(const job_t *j, int64_t at) { return j->offset + at / j
 
 /* The whole span of a unit with O_DIRECT: offset, length and memory are multiples of BLOCK. Whatever
  * such a read cannot do, the usual one does, or says why not. */
-static int read_direct(worker_t *w, unit_t *u, char *buffer, int64_t *first)
-{
+static int read_direct(worker_t *w, unit_t *u, char *buffer, int64_t *first) {
     run_t *r = w->run;
     file_t *file = &r->files[r->jobs[u->job].file];
     int64_t begin, end;
@@ -242,22 +214,17 @@ static int read_direct(worker_t *w, unit_t *u, char *buffer, int64_t *first)
     return read_all(w, u->job, (int)file->fd, &one, 1, *first, needed);
 }
 
-static void scatter(run_t *r, unit_t *u, const char *buffer, int64_t first)
-{
-    for (int64_t k = u->job, begin, end; k <= u->last; k++) {
+static void scatter(run_t *r, unit_t *u, const char *buffer, int64_t first) {
+    for (int64_t k = u->job, begin, end, bytes, offset; k <= u->last; k++) {
         job_t *j = part_of(r, u, k, &begin, &end);
-        for (int64_t at = begin; at < end;) {
-            int64_t row = at / j->run, in = at % j->run;
-            int64_t bytes = j->run - in < end - at ? j->run - in : end - at;
-            memcpy((char *)(intptr_t)(j->target + row * j->target_stride + in),
-                   buffer + (j->offset + row * j->file_stride + in - first), (size_t)bytes);
-            at += bytes;
+        for (char *into; begin < end; begin += bytes) {
+            bytes = piece_of(j, begin, end, &offset, &into);
+            memcpy(into, buffer + (offset - first), (size_t)bytes);
         }
     }
 }
 
-static int host_unit(worker_t *w, unit_t *u)
-{
+static int host_unit(worker_t *w, unit_t *u) {
     int64_t first;
     if (!w->run->jobs[u->job].direct)
         return read_usual(w, u, NULL);
@@ -268,8 +235,7 @@ static int host_unit(worker_t *w, unit_t *u)
 }
 
 /* Starts the copy of bytes [begin, end) of a job from `host`, whose rows are `pitch` bytes apart. */
-static int launch(run_t *r, job_t *j, int64_t begin, int64_t end, char *host, int64_t pitch, void *stream)
-{
+static int launch(run_t *r, job_t *j, int64_t begin, int64_t end, char *host, int64_t pitch, void *stream) {
     int64_t row = begin / j->run, rows = (end - begin + j->run - 1) / j->run;
     uint64_t target = (uint64_t)(j->target + row * j->target_stride + begin % j->run);
     if (rows == 1 || (pitch == j->run && j->target_stride == j->run))
@@ -282,8 +248,7 @@ static int launch(run_t *r, job_t *j, int64_t begin, int64_t end, char *host, in
 }
 
 /* Reads a unit into its buffer as soon as nothing is copied from that any more, and hands it on. */
-static int cuda_unit(worker_t *w, int64_t at)
-{
+static int cuda_unit(worker_t *w, int64_t at) {
     run_t *r = w->run;
     unit_t *u = &r->units[at];
     buffer_t *b = &r->buffers[at % r->num_buffers];
@@ -306,15 +271,13 @@ static int cuda_unit(worker_t *w, int64_t at)
     return 0;
 }
 
-static void note_moved(run_t *r, unit_t *u)
-{
+static void note_moved(run_t *r, unit_t *u) {
     for (int64_t k = u->job, begin, end; k <= u->last; k++)
         part_of(r, u, k, &begin, &end), atomic_fetch_add(&r->moved, end - begin);
 }
 
 /* How many units from `at` on, up to `stop`, are one piece of memory on both sides: one copy. */
-static int64_t joined(run_t *r, int64_t at, int64_t stop)
-{
+static int64_t joined(run_t *r, int64_t at, int64_t stop) {
     int64_t k = at;
     for (; k + 1 < stop; k++) {
         unit_t *u = &r->units[k], *v = u + 1;
@@ -328,8 +291,7 @@ static int64_t joined(run_t *r, int64_t at, int64_t stop)
 }
 
 /* Starts the copies of the units `at` to `stop`, which are filled. */
-static int send_units(run_t *r, int64_t at, int64_t stop, void *stream)
-{
+static int send_units(run_t *r, int64_t at, int64_t stop, void *stream) {
     int bad = 0;
     while (at < stop && !bad) {
         int64_t count = joined(r, at, stop), into = 0;
@@ -352,8 +314,7 @@ static int send_units(run_t *r, int64_t at, int64_t stop, void *stream)
 
 /* The unit after those that are filled from `sent` on, a quarter of the buffers at most; waits for one
  * where none is under way. -1 where there will be none any more. */
-static int64_t filled_until(run_t *r, int64_t sent)
-{
+static int64_t filled_until(run_t *r, int64_t sent) {
     int64_t stop = sent, most = r->num_buffers / 4 > 0 ? r->num_buffers / 4 : 1;
     pthread_mutex_lock(&r->lock);
     while (!r->buffers[sent % r->num_buffers].filled && r->arrived == sent && r->readers)
@@ -369,8 +330,7 @@ static int64_t filled_until(run_t *r, int64_t sent)
 /* The submitting thread: sends units in their order, as many as are ready in one copy, and frees their
  * buffers when they have arrived. It spins only while copies are on their way. After a fault it still
  * waits for those: nothing may be in flight in the end. */
-static void submit(run_t *r)
-{
+static void submit(run_t *r) {
     int64_t sent = 0, begun = 0, ended = 0, stop, n = r->num_buffers;
     int64_t *ends = calloc((size_t)n, sizeof(int64_t)); /* of what is on its way: where each batch ends */
     int code = ends ? r->cuda->set_context(r->cuda->context) : 2;
@@ -407,8 +367,7 @@ static void submit(run_t *r)
     free(ends);
 }
 
-static void read_units(worker_t *w)
-{
+static void read_units(worker_t *w) {
     run_t *r = w->run;
     w->iov = malloc(sizeof(struct iovec) * MAX_SEGMENTS);
     w->gap = malloc((size_t)r->gap + 1);
@@ -426,8 +385,7 @@ static void read_units(worker_t *w)
     free(w->iov), free(w->gap), free(w->bounce);
 }
 
-static void *work(void *argument)
-{
+static void *work(void *argument) {
     worker_t *w = argument;
     run_t *r = w->run;
     int submits = r->cuda && w == r->workers;
@@ -446,14 +404,12 @@ static void *work(void *argument)
 }
 
 /* The most bytes of a unit: a direct read is widened to whole blocks, and has to fit a buffer too. */
-static int64_t room_of(run_t *r, job_t *j)
-{
+static int64_t room_of(run_t *r, job_t *j) {
     return j->direct && r->chunk >= 4 * BLOCK ? r->chunk - 2 * BLOCK : r->chunk;
 }
 
 /* Bytes of a job's runs that fit one unit: whole rows, or a piece of one long row. */
-static int64_t unit_step(run_t *r, job_t *j)
-{
+static int64_t unit_step(run_t *r, job_t *j) {
     int64_t row = j->direct && j->rows > 1 ? j->file_stride : j->run; /* direct reads take the gaps */
     int64_t most = room_of(r, j);
     if (j->rows == 1 || row > most)
@@ -461,8 +417,7 @@ static int64_t unit_step(run_t *r, job_t *j)
     return most / row * j->run;
 }
 
-static int cut_units(run_t *r)
-{
+static int cut_units(run_t *r) {
     int64_t room = 0, n = 0;
     for (int64_t k = 0; k < r->num_jobs;) {
         job_t *j = &r->jobs[k];
@@ -498,36 +453,16 @@ static int cut_units(run_t *r)
     return 0;
 }
 
-static void destroy(run_t *r)
-{
+static void destroy(run_t *r) {
     for (int64_t i = 0; i < r->started; i++)
         pthread_join(r->workers[i].id, NULL);
-    free(r->workers), free(r->units), free(r->jobs), free(r->files), free(r->buffers), free(r->streams);
-    free(r->cuda), free(r->events);
+    free(r->workers), free(r->units), free(r->buffers), free(r->events);
     pthread_mutex_destroy(&r->lock), pthread_cond_destroy(&r->ended);
     pthread_cond_destroy(&r->freed), pthread_cond_destroy(&r->fed);
     free(r);
 }
 
-static void *copied(long long address, int64_t count, size_t size)
-{
-    void *out = malloc(size * (size_t)(count > 0 ? count : 1));
-    if (out && count)
-        memcpy(out, (void *)(intptr_t)address, size * (size_t)count);
-    return out;
-}
-
-static int make_buffers(run_t *r, const int64_t *addresses)
-{
-    r->buffers = calloc((size_t)r->num_buffers + 1, sizeof(buffer_t));
-    r->events = calloc((size_t)r->num_buffers + 1, sizeof(void *));
-    for (int64_t i = 0; r->buffers && i < r->num_buffers; i++)
-        r->buffers[i].memory = (char *)(intptr_t)addresses[i];
-    return r->buffers && r->events ? 0 : -1;
-}
-
-static void begin_threads(run_t *r)
-{
+static void begin_threads(run_t *r) {
     int64_t count = r->threads + (r->cuda != NULL);
     sigset_t all, before;
     sigfillset(&all); /* signals are for the interpreter's own thread */
@@ -548,63 +483,74 @@ static void begin_threads(run_t *r)
 
 static run_t *run_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, "lading.run"); }
 
-static void forget(PyObject *capsule)
-{
+static void forget(PyObject *capsule) {
     run_t *r = run_of(capsule);
     if (!r)
         return;
+    PyObject *args = r->args;
     atomic_fetch_or(&r->stop, 1);
     Py_BEGIN_ALLOW_THREADS
     destroy(r);
     Py_END_ALLOW_THREADS
+    Py_DECREF(args);
 }
 
-static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args)
-{
-    long long jobs, num_jobs, files, num_files, threads, chunk, gap, buffer_bytes, buffers, num_buffers, streams,
-        num_streams, cuda;
-    if (!PyArg_ParseTuple(args, "LLLLLLLLLLLLL", &jobs, &num_jobs, &files, &num_files, &threads, &chunk, &gap,
-                          &buffer_bytes, &buffers, &num_buffers, &streams, &num_streams, &cuda))
-        return NULL;
-    if (threads < 1 || chunk < BLOCK || chunk > MAX_CHUNK || gap < 0 ||
-        (cuda ? num_buffers < 1 || num_streams < 1 || chunk < 4 * BLOCK || buffer_bytes < chunk
-              : buffer_bytes < chunk + 2 * BLOCK)) {
-        PyErr_SetString(PyExc_ValueError, "threads, chunk, gap, buffers or streams are out of range");
-        return NULL;
-    }
-    run_t *r = calloc(1, sizeof(run_t));
-    if (!r)
-        return PyErr_NoMemory();
+static int prepare(run_t *r, const int64_t *addresses) {
     pthread_condattr_t by_clock;
     pthread_condattr_init(&by_clock), pthread_condattr_setclock(&by_clock, CLOCK_MONOTONIC);
     pthread_mutex_init(&r->lock, NULL), pthread_cond_init(&r->ended, &by_clock);
     pthread_cond_init(&r->freed, NULL), pthread_cond_init(&r->fed, NULL);
     pthread_condattr_destroy(&by_clock);
-    r->num_jobs = num_jobs, r->chunk = chunk, r->gap = gap;
-    r->threads = threads, r->buffer_bytes = buffer_bytes;
-    r->num_buffers = num_buffers, r->num_streams = num_streams;
-    r->jobs = copied(jobs, num_jobs, sizeof(job_t));
-    r->files = copied(files, num_files, sizeof(file_t));
-    r->streams = copied(streams, num_streams, sizeof(int64_t));
-    r->cuda = cuda ? copied(cuda, 1, sizeof(cuda_t)) : NULL;
-    r->workers = calloc((size_t)threads + 1, sizeof(worker_t));
-    if (!r->jobs || !r->files || !r->streams || (cuda && !r->cuda) || !r->workers || cut_units(r) ||
-        make_buffers(r, (const int64_t *)(intptr_t)buffers)) {
-        destroy(r);
-        return PyErr_NoMemory();
-    }
+    r->workers = calloc((size_t)r->threads + 1, sizeof(worker_t));
+    r->buffers = calloc((size_t)r->num_buffers + 1, sizeof(buffer_t));
+    r->events = calloc((size_t)r->num_buffers + 1, sizeof(void *));
+    for (int64_t i = 0; r->buffers && i < r->num_buffers; i++)
+        r->buffers[i].memory = (char *)(intptr_t)addresses[i];
+    int bad = !r->workers || !r->buffers || !r->events || cut_units(r);
     if (r->num_units < r->threads)
         r->threads = r->num_units ? r->num_units : 1;
-    PyObject *capsule = PyCapsule_New(r, "lading.run", forget);
-    if (capsule)
-        begin_threads(r);
+    return bad;
+}
+
+static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args) {
+    const char *tables[5];
+    Py_ssize_t sizes[5];
+    long long threads, chunk, gap, buffer_bytes;
+    if (!PyArg_ParseTuple(args, "y#y#y#y#y#LLLL", &tables[0], &sizes[0], &tables[1], &sizes[1], &tables[2], &sizes[2],
+                          &tables[3], &sizes[3], &tables[4], &sizes[4], &threads, &chunk, &gap, &buffer_bytes))
+        return NULL;
+    run_t *r = calloc(1, sizeof(run_t));
+    if (!r)
+        return PyErr_NoMemory();
+    r->jobs = (job_t *)tables[0], r->num_jobs = sizes[0] / (Py_ssize_t)sizeof(job_t);
+    r->files = (file_t *)tables[1];
+    r->num_buffers = sizes[2] / (Py_ssize_t)sizeof(int64_t);
+    r->streams = (int64_t *)tables[3], r->num_streams = sizes[3] / (Py_ssize_t)sizeof(int64_t);
+    r->cuda = sizes[4] ? (cuda_t *)tables[4] : NULL;
+    r->threads = threads, r->chunk = chunk, r->gap = gap, r->buffer_bytes = buffer_bytes;
+    if (threads < 1 || chunk < BLOCK || chunk > MAX_CHUNK || gap < 0 || (sizes[4] && sizes[4] != sizeof(cuda_t)) ||
+        (r->cuda ? r->num_buffers < 1 || r->num_streams < 1 || chunk < 4 * BLOCK || buffer_bytes < chunk
+                 : buffer_bytes < chunk + 2 * BLOCK)) {
+        free(r);
+        PyErr_SetString(PyExc_ValueError, "threads, chunk, gap, buffers or streams are out of range");
+        return NULL;
+    }
+    PyObject *capsule = NULL;
+    if (prepare(r, (const int64_t *)tables[2]))
+        PyErr_NoMemory();
     else
+        capsule = PyCapsule_New(r, "lading.run", forget);
+    if (!capsule) {
         destroy(r);
+        return NULL;
+    }
+    Py_INCREF(args);
+    r->args = args;
+    begin_threads(r);
     return capsule;
 }
 
-static PyObject *wait_for(PyObject *Py_UNUSED(self), PyObject *args)
-{
+static PyObject *wait_for(PyObject *Py_UNUSED(self), PyObject *args) {
     PyObject *capsule;
     double seconds;
     run_t *r = PyArg_ParseTuple(args, "Od", &capsule, &seconds) ? run_of(capsule) : NULL;
@@ -624,8 +570,7 @@ static PyObject *wait_for(PyObject *Py_UNUSED(self), PyObject *args)
     return Py_BuildValue("iL", over, (long long)atomic_load(&r->moved));
 }
 
-static PyObject *stop(PyObject *Py_UNUSED(self), PyObject *capsule)
-{
+static PyObject *stop(PyObject *Py_UNUSED(self), PyObject *capsule) {
     run_t *r = run_of(capsule);
     if (!r)
         return NULL;
@@ -633,8 +578,7 @@ static PyObject *stop(PyObject *Py_UNUSED(self), PyObject *capsule)
     Py_RETURN_NONE;
 }
 
-static PyObject *result(PyObject *Py_UNUSED(self), PyObject *capsule)
-{
+static PyObject *result(PyObject *Py_UNUSED(self), PyObject *capsule) {
     run_t *r = run_of(capsule);
     if (!r)
         return NULL;
@@ -647,26 +591,9 @@ static PyObject *result(PyObject *Py_UNUSED(self), PyObject *capsule)
                          atomic_load(&r->moved), r->calls, r->read_ns, r->wait_ns);
 }
 
-/* Asks for huge pages where a large piece of memory is touched for the first time. */
-static PyObject *advise(PyObject *Py_UNUSED(self), PyObject *args)
-{
-    long long address, bytes;
-    if (!PyArg_ParseTuple(args, "LL", &address, &bytes))
-        return NULL;
-#ifdef MADV_HUGEPAGE
-    long long page = sysconf(_SC_PAGESIZE), first = (address + page - 1) / page * page;
-    long long stop = (address + bytes) / page * page;
-    if (stop > first)
-        madvise((void *)(intptr_t)first, (size_t)(stop - first), MADV_HUGEPAGE);
-#endif
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef methods[] = {
-    {"start", start, METH_VARARGS, NULL},   {"wait", wait_for, METH_VARARGS, NULL},
-    {"stop", stop, METH_O, NULL},           {"result", result, METH_O, NULL},
-    {"advise", advise, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL},
-};
+static PyMethodDef methods[] = {{"start", start, METH_VARARGS, NULL}, {"wait", wait_for, METH_VARARGS, NULL},
+                                {"stop", stop, METH_O, NULL}, {"result", result, METH_O, NULL},
+                                {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_engine", NULL, -1, methods, NULL, NULL, NULL, NULL};
 

@@ -1,26 +1,22 @@
-"""See _engine.c. Addresses and counts are plain numbers."""
+"""See _engine.c. Tables are arrays of int64."""
 
 from typing import NewType
 
 Run = NewType("Run", object)
 
 def start(
-    jobs: int,
-    num_jobs: int,
-    files: int,
-    num_files: int,
+    jobs: bytes,
+    files: bytes,
+    buffers: bytes,
+    streams: bytes,
+    cuda: bytes,
     threads: int,
     chunk: int,
     gap: int,
     buffer_bytes: int,
-    buffers: int,
-    num_buffers: int,
-    streams: int,
-    num_streams: int,
-    cuda: int,
     /,
 ) -> Run:
-    """Begins to move; the arrays are copied, the memory they speak of is not."""
+    """Begins to move. The tables are kept, the memory that they speak of is not."""
 
 def wait(run: Run, seconds: float, /) -> tuple[int, int]:
     """(whether it has ended, bytes moved so far), after `seconds` at the latest."""
@@ -34,6 +30,3 @@ def result(
     """Of a run that has ended: (kind, code, job, offset, wanted, got) of its fault, kind 0 where
     there was none; (bytes read, bytes moved, calls, nanoseconds of reading, of waiting).
     """
-
-def advise(address: int, num_bytes: int, /) -> None:
-    """Asks for huge pages."""

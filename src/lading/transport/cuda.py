@@ -16,7 +16,8 @@ import torch
 
 from lading import writing
 from lading.errors import DeviceError
-from lading.transport.engine import BLOCK_BYTES, native_engine
+from lading.transport.engine import BLOCK_BYTES
+from lading.transport.residency import use_huge_pages
 
 __all__ = ["Gpu", "Gpus", "cuda_problem"]
 
@@ -60,12 +61,12 @@ class Gpu:
             self._streams = [torch.cuda.Stream(device) for _ in range(NUM_STREAMS)]  # type: ignore[no-untyped-call]
         self.follow()
         self.streams: Sequence[int] = [stream.cuda_stream for stream in self._streams]
+        self.table: Sequence[int] = [*map(self._address, FUNCTIONS), self._context()]
         self._first, self._locked = 0, False
         self._memory = self._lock(threads * depth * self.buffer_bytes)
         self.addresses: Sequence[int] = [
             self._first + i * self.buffer_bytes for i in range(threads * depth)
         ]
-        self.table: Sequence[int] = [*map(self._address, FUNCTIONS), self._context()]
 
     @staticmethod
     def bytes_for(num_buffers: int, buffer_bytes: int) -> int:
@@ -104,9 +105,7 @@ class Gpu:
         address = writing.address(memory)
         assert address is not None, "a new tensor is dense"
         self._first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        engine = native_engine()
-        if engine is not None:
-            engine.advise(self._first, num_bytes)
+        use_huge_pages(self._first, num_bytes)
         with torch.cuda.device(self._device):
             torch.cuda.current_stream(self._device).query()  # the device's context is current
             code = self._driver.cuMemHostRegister_v2(

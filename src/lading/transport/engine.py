@@ -8,7 +8,7 @@ interpreter; this thread waits for it in short steps, so that Ctrl-C and a progr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -209,6 +209,10 @@ def _in_its_job(fault: Fault, jobs: Jobs) -> Fault:
     return replace(fault, job=job)
 
 
+def _table(numbers: Iterable[int]) -> bytes:
+    return np.fromiter(numbers, dtype=np.int64).tobytes()
+
+
 class _NativeRun:
     def __init__(
         self, engine: Engine, jobs: Jobs, files: Sequence[tuple[int, int]], device: Device | None
@@ -221,24 +225,16 @@ class _NativeRun:
 
     def begin(self) -> None:
         engine, device = self._engine, self._device
-        opened = np.array(self._files, dtype=np.int64).reshape(-1, 2)
-        buffers = np.array(device.addresses if device else [], dtype=np.int64)
-        streams = np.array(device.streams if device else [], dtype=np.int64)
-        table = np.array(device.table if device else [], dtype=np.int64)
         self._run = self._module.start(
-            self._jobs.ctypes.data,
-            len(self._jobs),
-            opened.ctypes.data,
-            len(opened),
+            self._jobs.tobytes(),
+            _table(number for pair in self._files for number in pair),
+            _table(device.addresses if device else ()),
+            _table(device.streams if device else ()),
+            _table(device.table if device else ()),
             device.threads if device else engine.threads,
             engine.chunk_bytes,
             engine.gap_bytes,
             device.buffer_bytes if device else engine.chunk_bytes + 2 * BLOCK_BYTES,
-            buffers.ctypes.data,
-            len(buffers),
-            streams.ctypes.data,
-            len(streams),
-            table.ctypes.data if device else 0,
         )
 
     def wait(self, seconds: float) -> tuple[bool, int]:

@@ -27,7 +27,7 @@ from lading.plan import Plan, Share
 from lading.regions import Copy, Region, reordered
 from lading.transport import engine as engines
 from lading.transport.cuda import Gpu, Gpus, cuda_problem
-from lading.transport.engine import Engine, Fault, Stats, native_engine
+from lading.transport.engine import Engine, Fault, Stats
 from lading.transport.host import (
     DEFAULT_STAGING_BYTES,
     Advance,
@@ -38,6 +38,7 @@ from lading.transport.host import (
     position,
 )
 from lading.transport.jobs import JobList, Piece, common_runs
+from lading.transport.residency import use_huge_pages
 from lading.transport.sorting import Opened, Sorting, Straight
 
 __all__ = ["Limits", "Transport", "gpus_for"]
@@ -333,13 +334,10 @@ def gpus_for(limits: Limits, num_local: int) -> Gpus:
 
 def _advise(targets: Iterable[torch.Tensor]) -> None:
     """Huge pages for large memory that nobody has touched yet: fewer faults while it is filled."""
-    engine = native_engine()
-    if engine is None:
-        return
     for target in targets:
         address = writing.address(target)
         if address is not None:
-            engine.advise(address, target.nbytes)
+            use_huge_pages(address, target.nbytes)
 
 
 def _problem(fault: Fault, source: Source, copy: Copy, opened: Opened) -> LadingError:
