@@ -34,6 +34,7 @@ BUILTINS = {
     "KeywordError": [ValueError, TypeError],
     "ConflictError": [ValueError],
     "NotLoadedError": [RuntimeError],
+    "DeviceError": [RuntimeError],
     "RankError": [RuntimeError],
 }
 

@@ -11,14 +11,8 @@ from typing import Any
 import pytest
 
 from lading.errors import PlanFileError
-from lading.manifest import (
-    Manifest,
-    manifest_from_json,
-    manifest_to_json,
-    parameters_of,
-    rank_file,
-    rest_of,
-)
+from lading.manifest import Manifest, manifest_from_json, manifest_to_json
+from lading.shard_files import parameters_of, rank_file, rest_of
 from lading.sharding import shard
 from tests.sharding_made import made
 

@@ -18,7 +18,8 @@ from lading.checkpoint import open_checkpoint
 from lading.errors import LadingError, PlanError, PlanFileError
 from lading.preflight import preflight
 from lading.ranks import all_ranks
-from lading.sharded import flat_boxes, is_sharded, open_any, open_sharded, reading
+from lading.shard_reader import flat_boxes
+from lading.sharded import is_sharded, open_any, open_sharded, reading
 from lading.sharding import merge, shard
 from tests.oracles import positions
 from tests.sharding_made import made

@@ -26,23 +26,19 @@ from lading.checkpoint import (
 )
 from lading.checkpoint.files import file_size
 from lading.errors import CheckpointError, ConflictError, FileError, LadingError, PlanError
-from lading.manifest import (
+from lading.manifest import Manifest, OriginalIndex, OtherFile, manifest_from_json, manifest_to_json
+from lading.moving import Collected, Mover
+from lading.plan import Plan
+from lading.shard_files import (
     MANIFEST,
     REST,
-    Manifest,
-    OriginalIndex,
-    OtherFile,
     data_bytes_of_rank,
     header_of_rank,
     header_of_rest,
-    manifest_from_json,
-    manifest_to_json,
     parse_head,
     rank_file,
     rest_of,
 )
-from lading.moving import Collected, Mover
-from lading.plan import Plan
 from lading.sharded import Original
 
 if TYPE_CHECKING:

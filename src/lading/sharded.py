@@ -13,13 +13,11 @@ No torch. Letters: T = tp_size, r = tp_rank.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any
 
 from lading import dtypes
-from lading.bands import Band, Shards, bytes_of, views_of
 from lading.checkpoint import (
     Checkpoint,
     Header,
@@ -30,7 +28,7 @@ from lading.checkpoint import (
     read_json,
 )
 from lading.checkpoint.files import file_size
-from lading.checkpoint.sources import SafetensorsReader, check_range
+from lading.checkpoint.sources import SafetensorsReader
 from lading.errors import (
     CheckpointError,
     ConfigError,
@@ -41,23 +39,24 @@ from lading.errors import (
 )
 from lading.layouts import Layout
 from lading.manifest import (
-    MANIFEST,
     MAX_MANIFEST_BYTES,
-    REST,
     Manifest,
     OriginalFile,
     OriginalIndex,
+    manifest_from_json,
+)
+from lading.plan import Binding, Plan, Target, prove_bindings
+from lading.ranks import Ranks
+from lading.shard_files import (
+    MANIFEST,
+    REST,
     data_bytes_of_rank,
     header_of_rank,
     header_of_rest,
-    manifest_from_json,
     parse_head,
     rank_file,
     rest_of,
 )
-from lading.plan import Binding, Plan, Target, prove_bindings
-from lading.ranks import Ranks
-from lading.regions import Region
 
 __all__ = ["Sharded", "is_sharded", "open_any", "open_sharded", "reading"]
 
@@ -119,7 +118,9 @@ class Sharded:
 
     def reader(self) -> Reader:
         """A reader of the original tensors' bytes."""
-        return ShardedReader(self)
+        from lading.shard_reader import ShardedReader  # with numpy, which plans do without
+
+        return ShardedReader(self.plan, self.stored, self.rest, self.open_files())
 
     def open_files(self) -> Reader:
         """A reader of the ranks' own files."""
@@ -267,88 +268,6 @@ class _Files:
             self.problems.append(ConfigError(fact, subject="config.json"))
             return None
         return config
-
-
-class ShardedReader:
-    """The original tensors' bytes, put together from the ranks' files; a `Reader`."""
-
-    def __init__(self, sharded: Sharded) -> None:
-        self._sharded = sharded
-        self._views = views_of([sharded.plan])
-        self._files = SafetensorsReader(sharded.folder, sharded.file_bytes)
-        self._shards = Shards(sharded.plan, sharded.stored, self._views, reader=self._files)
-
-    @property
-    def bytes_read(self) -> int:
-        return self._files.bytes_read
-
-    @property
-    def files(self) -> None:
-        """A tensor's bytes lie in several files."""
-        return None
-
-    def read_into(self, source: Source, offset_bytes: int, buffer: memoryview) -> None:
-        check_range(source, offset_bytes, buffer)
-        view = buffer.cast("B")
-        rest = self._sharded.rest.get(source.name)
-        if rest is not None:
-            self._files.read_into(rest, offset_bytes, view)
-            return
-        shape = self._views[source.name]
-        size = dtypes.storage_bytes(source.dtype)
-        first, last = offset_bytes // size, -(-(offset_bytes + view.nbytes) // size)
-        at = -(offset_bytes % size)  # where the first element's first byte would be in the buffer
-        for box in flat_boxes(shape, first, last):
-            band = Band(boxes=((source.name, box),))
-            values = bytes_of(self._shards.read(band)[source.name])
-            begin, end = max(at, 0), min(at + values.nbytes, view.nbytes)
-            view[begin:end] = values[begin - at : end - at]
-            at += values.nbytes
-
-    def close(self) -> None:
-        self._files.close()
-
-    def __enter__(self) -> ShardedReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def flat_boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[Region]:
-    """The elements first:last of a tensor, row-major, as boxes, in order; each is one run.
-
-    Example: 2:11 of [4, 3] -> [0:1, 2:3], [1:3, 0:3], [3:4, 0:2].
-    """
-    if last <= first:
-        return
-    if not shape:
-        yield Region.whole(())
-        return
-    row = 1
-    for n in shape[1:]:
-        row *= n
-    whole = [(0, n) for n in shape[1:]]
-    begin, end = -(-first // row), last // row
-    if begin > end:  # inside one row
-        yield from _in_row(shape, end, first - end * row, last - end * row)
-        return
-    if first < begin * row:
-        yield from _in_row(shape, begin - 1, first - (begin - 1) * row, row)
-    if begin < end:
-        yield Region.box(shape, [(begin, end), *whole])
-    if end * row < last:
-        yield from _in_row(shape, end, 0, last - end * row)
-
-
-def _in_row(shape: tuple[int, ...], row: int, first: int, last: int) -> Iterator[Region]:
-    for box in flat_boxes(shape[1:], first, last):
-        yield Region(shape=shape, start=(row, *box.start), size=(1, *box.size), step=(1, *box.step))
 
 
 # ------------------------------------------------------------------------------- the trivial plan

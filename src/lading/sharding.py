@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 from lading.bands import Files, Shards, views_of
 from lading.checkpoint import outline_like
 from lading.errors import CallError, CheckpointError, FileError, LadingError, PlanError
-from lading.manifest import MANIFEST, Manifest, OriginalFile
+from lading.manifest import Manifest, OriginalFile
 from lading.moving import DEFAULT_MEMORY_BYTES, Collected
 from lading.preflight import preflight
 from lading.ranks import all_ranks
+from lading.shard_files import MANIFEST
 from lading.shard_plans import plan_at, stored_plan
 from lading.shard_writing import (
     Job,

@@ -69,6 +69,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def synchronize(self) -> None:
+        return None
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:

@@ -540,12 +540,9 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args) {
         PyErr_NoMemory();
     else
         capsule = PyCapsule_New(r, "lading.run", forget);
-    if (!capsule) {
-        destroy(r);
-        return NULL;
-    }
-    Py_INCREF(args);
-    r->args = args;
+    if (!capsule)
+        return destroy(r), NULL;
+    Py_INCREF(r->args = args);
     begin_threads(r);
     return capsule;
 }

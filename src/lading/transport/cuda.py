@@ -6,6 +6,7 @@ GPU works, while each build of torch brings a runtime of its own.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Sequence
@@ -90,6 +91,9 @@ class Gpu:
         """Unlocks the buffers. Nothing may be copied from them any more."""
         if self._locked:
             self._locked = False
+            for stream in self._streams:
+                with contextlib.suppress(RuntimeError):  # of a GPU that has failed
+                    stream.synchronize()
             self._driver.cuMemHostUnregister(ctypes.c_void_p(self._first))
         self._memory = None
 

@@ -52,6 +52,9 @@ VALUES_BYTES = 256 * 2**20
 
 ALIGN_BYTES = 512
 
+MIN_CHUNK_BYTES = 64 * 2**10
+"""A direct read is not worth its call below this, whatever the limits say."""
+
 MAX_HOST_THREADS = 4
 MAX_GPU_THREADS = 12
 DEPTH = 2
@@ -63,7 +66,8 @@ GPU_CHUNK_BYTES = 2 * 2**20
 class Limits:
     """What a load may use on each rank. Raises a CallError where that is nothing.
 
-    staging_bytes   host memory of each thread for copies that change dtype or order
+    staging_bytes   host memory of each thread, for copies that change dtype or order and for reads
+                    past the page cache
     pinned_bytes    page-locked host memory, for GPUs
     device_bytes    GPU memory besides the parameters
     num_threads     that read; None = what the cores of this host allow for each of its ranks
@@ -157,7 +161,7 @@ class Transport:
         if any(opened.is_cold) or any(opened.is_remote):
             if self.limits.num_threads is None:
                 engine.threads = max(engine.threads, COLD_THREADS)
-            engine.chunk_bytes = COLD_CHUNK_BYTES
+            engine.chunk_bytes = min(COLD_CHUNK_BYTES, max(self.limits.staging_bytes, MIN_CHUNK_BYTES))
         before = engine.stats.moved_bytes
         if device.type == "cuda":
             engine.chunk_bytes = GPU_CHUNK_BYTES

@@ -99,11 +99,12 @@ class Sorting:
         opened, kinds, numbers = self._opened, self._kinds, self._opened.numbers
         for copy in copies:
             target, source = tensors[copy.target], sources[copy.source]
-            device, address = target.device, writing.address(target)
+            device = target.device
             if device not in works:
                 works[device] = Straight() if device.type in ("cpu", "cuda") else None
             work = works[device]
-            if copy.axes or work is None or address is None:
+            address = writing.address(target) if work is not None and not copy.axes else None
+            if work is None or address is None:
                 values.setdefault(device, []).append(copy)
                 continue
             key = (id(copy.source_region), id(copy.target_region), source.dtype)
