@@ -5,15 +5,15 @@ Everything else takes `Ranks` as an argument. The drop-in constructors of `ladin
 none.
 
 The collectives that lading needs stand here too, so that torch.distributed is imported by one file:
-`exchange` (every rank's verdict, for loading), `send_and_receive` (for resharding), `all_reduce`
-and `all_gather` (for forward passes).
+`exchange` (every rank's verdict, for loading), `send_and_receive` and `swap` (for resharding and
+loading), `all_reduce` and `all_gather` (for forward passes).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -261,12 +261,23 @@ def send_and_receive(
     Both ends name one another in the same call, and their tensors have equal sizes. With NCCL it is
     the current stream that waits.
     """
+    swap(list(sends.items()), list(receives.items()), group)
+
+
+def swap(
+    sends: Sequence[tuple[int, torch.Tensor]],
+    receives: Sequence[tuple[int, torch.Tensor]],
+    group: ProcessGroup,
+) -> None:
+    """`send_and_receive` of any number of messages (rank, tensor) to and from each rank; those of a
+    pair of ranks arrive in the order in which both name them.
+    """
     import torch.distributed as dist
 
     operations = [
         dist.P2POp(what, tensor, dist.get_global_rank(group, peer), group)
-        for what, tensors in ((dist.isend, sends), (dist.irecv, receives))
-        for peer, tensor in tensors.items()
+        for what, messages in ((dist.isend, sends), (dist.irecv, receives))
+        for peer, tensor in messages
     ]
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()

@@ -1,8 +1,8 @@
 """The one place that writes into parameters.
 
 Ways in: `write` copies a tensor into a region of a parameter, `fill` zeroes declared padding, `memory`
-hands out the bytes of a contiguous region so that a file can be read straight into them, `address`
-says where a parameter's memory begins. Nobody else calls `copy_`, `fill_` or asks for an address.
+hands out the bytes of a contiguous region so that a file can be read straight into them, `landing`
+those that a message can be received into, `address` says where a parameter's memory begins. Nobody else calls `copy_`, `fill_` or asks for an address.
 
 Regions are in the parameter's own local coordinates, possibly of a reshaped view of it.
 """
@@ -86,6 +86,16 @@ def memory(target: torch.Tensor, region: Region) -> memoryview | None:
     flat = byte_view(view.detach())
     array: Any = flat.numpy()  # its stubs declare no buffer
     return memoryview(array).cast("B") if flat.numel() else memoryview(bytearray())
+
+
+def landing(target: torch.Tensor, region: Region) -> torch.Tensor | None:
+    """The bytes of a region as uint8 [number of bytes] on its own device, for a message to be received
+    straight into the parameter; None where they are not contiguous.
+    """
+    if not target.is_contiguous():
+        return None
+    view = view_of(target.detach(), region)
+    return byte_view(view) if view.is_contiguous() else None
 
 
 def address(tensor: torch.Tensor) -> int | None:
