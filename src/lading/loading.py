@@ -78,6 +78,7 @@ class LoadReport:
     skipped             (checkpoint tensor, reason)
     plan_seconds, move_seconds   of them until the plan was proved; in the transport
     stats, pinned_bytes   what the transport's threads did; page-locked memory that they used
+    exchanged_bytes     of what this rank keeps, but another one has read
     """
 
     ranks: Ranks
@@ -93,6 +94,7 @@ class LoadReport:
     move_seconds: float = 0.0
     stats: Stats = field(default_factory=Stats)
     pinned_bytes: int = 0
+    exchanged_bytes: int = 0
 
     def __str__(self) -> str:
         giga, rate = self.checkpoint_bytes / 1e9, self.checkpoint_bytes / 1e9 / self.seconds
@@ -211,7 +213,12 @@ def run_load(
         lasted["plan"] = time.perf_counter() - started
         todo, reader = reading(prepared.checkpoint, prepared.plan, ranks)
         transport = Transport(
-            reader=stack.enter_context(reader), limits=use, num_local=num_local, gpus=gpus
+            reader=stack.enter_context(reader),
+            limits=use,
+            num_local=num_local,
+            gpus=gpus,
+            # Of a pre-sharded folder each rank has its own file, and another plan.
+            group=group if todo is prepared.plan else None,
         )
         transport.compare(todo, todo.share(ranks))
         return place, prepared, transport, todo
@@ -223,19 +230,24 @@ def run_load(
         place, prepared, transport, todo = agreed(begin, _digest if group else _no_facts, group)
         model, plan = prepared.model, prepared.plan
 
-        def execute() -> tuple[dict[str, torch.Tensor], Moved]:
+        def allocate() -> tuple[dict[str, torch.Tensor], object]:
             memory = {
                 name: memory_for(tensor, place) if tensor.is_meta else tensor.detach()
                 for name, tensor in tensors.items()
             }
+            return memory, transport.offer(todo, todo.share(ranks), memory)
+
+        def execute() -> Moved:
             started = time.perf_counter()
             moved = _execute(todo, todo.share(ranks), transport, memory, progress)
             lasted["move"] = time.perf_counter() - started
-            return memory, moved
+            return moved
 
         tensors = _tensors_of(model, plan)
+        (memory, _), offers = all_well(allocate, lambda done: done[1], group)
+        transport.settle(offers)
         try:
-            memory, moved = agreed(execute, _no_facts, group)
+            moved = agreed(execute, _no_facts, group)
         except BaseException as error:
             _origins.pop(model, None)
             if any(not tensor.is_meta for tensor in tensors.values()):
@@ -280,7 +292,11 @@ def _execute(
 ) -> Moved:
     if progress is None:
         return transport.run(plan, share, memory, _ignore)
-    progress.start(plan.share_bytes(share))
+    try:
+        progress.start(plan.share_bytes(share))
+    except Exception as error:
+        transport.abandon(error)
+        raise
     try:
         return transport.run(plan, share, memory, progress.advance)
     finally:
@@ -292,7 +308,25 @@ def _ignore(_num_bytes: int) -> None:
 
 
 def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessGroup | None) -> Any:
-    """This rank's result once every rank has one; the same error on every rank otherwise."""
+    """This rank's result once every rank has one; the same error on every rank otherwise, also
+    where facts of the results differ.
+    """
+    result, found = all_well(work, facts, group)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise RankError(
+                f"ranks 0 and {rank} made different plans: they see different checkpoints or "
+                "models, needs the same on every rank"
+            )
+    return result
+
+
+def all_well(
+    work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessGroup | None
+) -> tuple[Any, list[Any]]:
+    """This rank's result and every rank's facts, once every rank has a result; the same error on
+    every rank otherwise.
+    """
     result: Any = None
     error: LadingError | None = None
     try:
@@ -315,14 +349,7 @@ def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessG
         if len(failed) < len(verdicts) and len(verdicts) > 1:
             first.rank = rank
         raise first
-    first_facts = verdicts[0][1]
-    for rank, (_, other) in enumerate(verdicts):
-        if other != first_facts:
-            raise RankError(
-                f"ranks 0 and {rank} made different plans: they see different checkpoints or "
-                "models, needs the same on every rank"
-            )
-    return result
+    return result, [found for _, found in verdicts]
 
 
 def place_of(device: torch.device | str | None, ranks: Ranks) -> torch.device:
@@ -548,6 +575,7 @@ def _report(plan: Plan, ranks: Ranks, moved: Moved, seconds: float) -> LoadRepor
         parameter_bytes=plan.parameter_bytes(),
         read_bytes=moved.read_bytes,
         excess_bytes=moved.excess_bytes,
+        exchanged_bytes=moved.received_bytes,
         seconds=max(seconds, 1e-9),
         num_copies=moved.num_copies,
         casts=plan.casts(),

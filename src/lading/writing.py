@@ -2,7 +2,8 @@
 
 Ways in: `write` copies a tensor into a region of a parameter, `fill` zeroes declared padding, `memory`
 hands out the bytes of a contiguous region so that a file can be read straight into them, `landing`
-those that a message can be received into, `address` says where a parameter's memory begins. Nobody else calls `copy_`, `fill_` or asks for an address.
+those that a message can be received into, `address` says where a parameter's memory begins. Nobody
+else calls `copy_`, `fill_` or asks for an address.
 
 Regions are in the parameter's own local coordinates, possibly of a reshaped view of it.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "check_dtypes",
     "check_values",
     "fill",
+    "landing",
     "memory",
     "same_bits",
     "view_of",
@@ -89,8 +91,8 @@ def memory(target: torch.Tensor, region: Region) -> memoryview | None:
 
 
 def landing(target: torch.Tensor, region: Region) -> torch.Tensor | None:
-    """The bytes of a region as uint8 [number of bytes] on its own device, for a message to be received
-    straight into the parameter; None where they are not contiguous.
+    """The bytes of a region as uint8 [number of bytes], wherever they are, for a message to be
+    received straight into the parameter; None where they are not contiguous.
     """
     if not target.is_contiguous():
         return None

@@ -42,16 +42,21 @@ Advance = Callable[[int], None]
 
 @dataclass(slots=True)
 class Moved:
-    """What was moved for one rank, in bytes."""
+    """What was moved for one rank, in bytes.
+
+    received_bytes, given_bytes   of what other ranks read for this one; read, but only for others
+    """
 
     read_bytes: int = 0
     kept_bytes: int = 0
     num_copies: int = 0
+    received_bytes: int = 0
+    given_bytes: int = 0
 
     @property
     def excess_bytes(self) -> int:
-        """Read, but not kept: gaps between the runs of row cuts."""
-        return self.read_bytes - self.kept_bytes
+        """Read, but kept by nobody: gaps between the runs of row cuts."""
+        return self.read_bytes + self.received_bytes - self.kept_bytes - self.given_bytes
 
 
 MAX_THREADS = 4

@@ -5,6 +5,8 @@ a few jobs of the engine, whose threads read the file's bytes right into the par
 into page-locked buffers and on from there. *By value*: the bytes pass through memory in which torch
 can cast or permute them, a bounded piece at a time.
 
+Within a group, what several ranks need is read by one of them and handed on (`exchange`).
+
 How a file is read follows from where its bytes are. In the page cache: through it. Not there, on a
 disk of this machine: past it (O_DIRECT), by more threads; but what several ranks of one host need
 goes through the page cache, so that the disk is read once. Behind a network: through it, by more threads.
@@ -14,12 +16,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from lading import dtypes, writing
+from lading import ranks as ranks_module
+from lading.binding import Binding
 from lading.checkpoint import Reader, Source
 from lading.checkpoint.files import ended, read_problem
 from lading.errors import CallError, DeviceError, FileError, LadingError
@@ -28,6 +34,7 @@ from lading.regions import Copy, Region, reordered
 from lading.transport import engine as engines
 from lading.transport.cuda import Gpu, Gpus, cuda_problem
 from lading.transport.engine import Engine, Fault, Stats
+from lading.transport.exchange import Bands, Exchange, plan_exchange
 from lading.transport.host import (
     DEFAULT_STAGING_BYTES,
     Advance,
@@ -37,9 +44,13 @@ from lading.transport.host import (
     located,
     position,
 )
-from lading.transport.jobs import JobList, Piece, common_runs
+from lading.transport.jobs import JobList, Jobs, Piece, common_runs
 from lading.transport.residency import use_huge_pages
+from lading.transport.rounds import Sharing
 from lading.transport.sorting import Opened, Sorting, Straight
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Limits", "Transport", "gpus_for"]
 
@@ -99,6 +110,12 @@ class Transport:
     num_local   ranks of this host that load the same files at the same time
     gpus        page-locked memory; made where it is missing
     direct      reads past the page cache: None = where the file is cold; for tests, or if it is known
+    group       the ranks of the plan, which then may read for one another
+    exchange    whether they do. None: yes with NCCL where all ranks are on this host, as NVLink
+                carries several times what the bus to the host does; no with gloo, as its sockets
+                carry less than the page cache gives each rank, and a cold file is read from the disk
+                once anyway. True: also with gloo, and between hosts
+    sharing     which tensors are worth it
     """
 
     reader: Reader
@@ -109,10 +126,45 @@ class Transport:
     stats: Stats = field(default_factory=Stats)
     pinned_bytes: int = 0
     gpus: Gpus | None = None
+    group: ProcessGroup | None = None
+    exchange: bool | None = None
+    sharing: Sharing = field(default_factory=Sharing)
+    _exchange: Exchange | None = None
+    _is_settled: bool = False
 
     def compare(self, plan: Plan, share: Share) -> None:
         """All that can be found wrong before anything is written: files, constants, tied twins."""
         self._host().compare(plan, share)
+
+    def offer(self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor]) -> object:
+        """Plans what this rank exchanges with the others, and takes the memory for it.
+
+        Every rank's offer goes to `settle` on every rank. Raises what cannot be allocated.
+        """
+        self._exchange = None
+        group = self.group if self.reader.files is not None else None
+        wanted = self.exchange
+        if wanted is None and group is not None:
+            wanted = self.num_local == plan.tp_size and ranks_module.carries(group, "cuda")
+        if group is not None and wanted:
+            limit = self.limits.device_bytes
+            self._exchange = plan_exchange(
+                plan, share, tensors, group, sharing=self.sharing, device_bytes=limit
+            )
+        offer = self._exchange.offer if self._exchange is not None else None
+        return offer[:2] if offer is not None and self.exchange else offer
+
+    def settle(self, offers: Sequence[object]) -> None:
+        """The ranks exchange if all of them offered the same."""
+        if any(offer != offers[0] for offer in offers):
+            self._exchange = None
+        self._is_settled = True
+
+    def abandon(self, error: Exception) -> None:
+        """This rank has failed before or in `run`: it lets the others finish their exchange."""
+        if self._exchange is not None:
+            with suppress(Exception):  # the first error is the one that is told
+                self._exchange.abandon(error)
 
     def run(
         self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
@@ -120,8 +172,20 @@ class Transport:
         """Fills the tensors, by target name. `advance` is told kept bytes as they arrive.
 
         Call `compare` before. Raises the error of the first copy, in file order, that failed; what
-        was not begun by then is left out, and nothing is written after this has returned.
+        was not begun by then is left out, and nothing is written after this has returned. No rank
+        of a group waits for one that has failed.
         """
+        if self.group is not None and not self._is_settled:
+            self.settle(ranks_module.exchange(self.offer(plan, share, tensors), self.group))
+        try:
+            return self._run(plan, share, tensors, advance)
+        except Exception as error:
+            self.abandon(error)
+            raise
+
+    def _run(
+        self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
+    ) -> Moved:
         for fill in share.fills:
             with torch.inference_mode(tensors[fill.target].is_inference()):
                 writing.fill(tensors[fill.target], fill.region)
@@ -129,13 +193,54 @@ class Transport:
         if files is None:
             return self._host().run(plan, replace(share, fills=()), tensors, advance)
         opened = Opened(files, self.direct)
-        sorting = Sorting(plan, share.copies, tensors, opened, num_local=self.num_local)
+        copies = self._begin_exchange(plan, share, opened, advance)
+        sorting = Sorting(plan, copies, tensors, opened, num_local=self.num_local)
+
+        def meanwhile() -> None:
+            self._finish_exchange(advance)
+            sorting.prepare()
+
         while (straight := sorting.take()) is not None:
             for device, work in straight.items():
-                self._run_straight(plan, work, opened, device, advance, sorting.prepare)
+                self._run_straight(plan, work, opened, device, advance, meanwhile)
+        self._finish_exchange(advance)
         for device, others in sorting.values.items():
             self._run_values(plan, share, others, tensors, device, advance)
         return self.moved
+
+    def _begin_exchange(
+        self, plan: Plan, share: Share, opened: Opened, advance: Advance
+    ) -> Sequence[Copy]:
+        """All but the last round of the exchange; the copies that do not come that way."""
+        exchange = self._exchange
+        if exchange is None:
+            return share.copies
+        rest = [c for c in share.copies if (c.target, c.part, c.source) not in exchange.keys]
+        read = partial(self._read_bands, plan, opened, exchange.device)
+        exchange.run(read, opened, self.moved, advance)
+        self.moved.num_copies += len(share.copies) - len(rest)
+        return rest
+
+    def _finish_exchange(self, advance: Advance) -> None:
+        """The last round. Raises what has gone wrong in it."""
+        if self._exchange is not None:
+            self._exchange.finish(self.moved, advance)
+            if self._exchange.failure is not None:
+                raise self._exchange.failure
+
+    def _read_bands(
+        self,
+        plan: Plan,
+        opened: Opened,
+        device: torch.device,
+        bands: Bands,
+        meanwhile: Callable[[], None],
+    ) -> None:
+        jobs, owners = bands.jobs.jobs()
+        fault, _ = self._move(jobs, opened, device, lambda _: None, meanwhile)
+        if fault is not None:
+            source, binding = bands.owners[int(owners[min(fault.job, len(owners) - 1)])]
+            raise _problem(fault, plan.sources[source], binding, opened)
 
     def _host(self) -> HostTransport:
         host = HostTransport(
@@ -157,12 +262,29 @@ class Transport:
         if device.type == "cpu":
             _advise(work.large.values())
         jobs, owners = work.jobs.jobs()
+        fault, num_bytes = self._move(jobs, opened, device, advance, meanwhile)
+        self.moved.kept_bytes += num_bytes
+        if fault is not None:
+            owner = work.copies[int(owners[min(fault.job, len(owners) - 1)])]
+            raise _problem(fault, plan.sources[owner.source], owner, opened)
+        self.moved.num_copies += len(work.copies)
+
+    def _move(
+        self,
+        jobs: Jobs,
+        opened: Opened,
+        device: torch.device,
+        advance: Advance,
+        meanwhile: Callable[[], None],
+    ) -> tuple[Fault | None, int]:
+        """One run of the engine: what went wrong, and how many bytes were moved."""
         engine = Engine(threads=num_threads(self.limits, self.num_local, device.type))
         if any(opened.is_cold) or any(opened.is_remote):
             if self.limits.num_threads is None:
                 engine.threads = max(engine.threads, COLD_THREADS)
-            engine.chunk_bytes = min(COLD_CHUNK_BYTES, max(self.limits.staging_bytes, MIN_CHUNK_BYTES))
-        before = engine.stats.moved_bytes
+            engine.chunk_bytes = min(
+                COLD_CHUNK_BYTES, max(self.limits.staging_bytes, MIN_CHUNK_BYTES)
+            )
         if device.type == "cuda":
             engine.chunk_bytes = GPU_CHUNK_BYTES
         fault = engine.run(
@@ -175,11 +297,7 @@ class Transport:
         opened.files.count(engine.stats.read_bytes)
         self.stats.add(engine.stats)
         self.moved.read_bytes += engine.stats.read_bytes
-        self.moved.kept_bytes += engine.stats.moved_bytes - before
-        if fault is not None:
-            owner = work.copies[int(owners[min(fault.job, len(owners) - 1)])]
-            raise _problem(fault, plan.sources[owner.source], owner, opened)
-        self.moved.num_copies += len(work.copies)
+        return fault, engine.stats.moved_bytes
 
     def _gpu(self, device: torch.device) -> Gpu:
         """The GPU's page-locked buffers, which the caller of this transport unlocks in the end."""
@@ -344,7 +462,7 @@ def _advise(targets: Iterable[torch.Tensor]) -> None:
             use_huge_pages(address, target.nbytes)
 
 
-def _problem(fault: Fault, source: Source, copy: Copy, opened: Opened) -> LadingError:
+def _problem(fault: Fault, source: Source, copy: Copy | Binding, opened: Opened) -> LadingError:
     """The fault of a run as an error about the copy that met it."""
     if fault.kind == engines.FAILED_CUDA:
         error: LadingError = cuda_problem(fault.code, "cannot take the parameters")

@@ -10,8 +10,8 @@ Letters: N = ranks of the group, R = rows, along the first dim that has more tha
 
     rows 0:R, rank r   band r*R//N : (r+1)*R//N
 
-Example: a row cut of [4096, 14336] bf16 over 4 ranks: runs of 7 KiB. Rank 1 reads rows 1024:2048, one
-run of 29 MB, keeps columns 3584:7168 of them, and sends three blocks of [1024, 3584].
+Example: a row cut of [4096, 14336] bf16 over 4 ranks: runs of 7 KiB. Rank 1 reads rows 1024:2048,
+one run of 29 MB, keeps columns 3584:7168 of them, and sends three blocks of [1024, 3584].
 """
 
 from __future__ import annotations
@@ -285,9 +285,9 @@ class _Finder:
     _placements: dict[tuple[int, PartName, bool], list[Placement | None]] = field(
         default_factory=dict
     )
-    _kinds: dict[tuple[object, ...], list[tuple[Kind, tuple[int, ...]]]] = field(
-        default_factory=dict
-    )
+    _kinds: dict[
+        tuple[int, tuple[tuple[int, PartName, bool], ...]], list[tuple[Kind, tuple[int, ...]]]
+    ] = field(default_factory=dict)
 
     def shared(self) -> Iterator[Shared]:
         grouped: dict[str, list[Binding]] = {}
@@ -303,10 +303,10 @@ class _Finder:
                 for target in targets
             ):
                 continue
-            facts = [
+            facts = tuple(
                 (self._layout(t), b.part, b.fused) for t, b in zip(targets, bindings, strict=True)
-            ]
-            key = (dtypes.storage_bytes(source.dtype), *facts)
+            )
+            key = (dtypes.storage_bytes(source.dtype), facts)
             if key not in self._kinds:
                 self._kinds[key] = list(self._work_out(targets, bindings, key[0]))
             for kind, positions in self._kinds[key]:
@@ -358,7 +358,7 @@ class _Finder:
             yield Kind(needs, dim, rows, size), positions
 
     def _layout(self, target: Target) -> int:
-        """One number for equal layouts; hashing one walks its values, so each object is hashed once."""
+        """One number for equal layouts; hashing walks their values, so each object is hashed once."""
         number = self._known.get(id(target.layout))
         if number is None:
             number = self._layouts.setdefault(target.layout, len(self._layouts))
