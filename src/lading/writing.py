@@ -1,9 +1,9 @@
 """The one place that writes into parameters.
 
-Ways in: `write` copies a tensor into a region of a parameter, `fill` zeroes declared padding, `memory`
-hands out the bytes of a contiguous region so that a file can be read straight into them, `landing`
-those that a message can be received into, `address` says where a parameter's memory begins. Nobody
-else calls `copy_`, `fill_` or asks for an address.
+Ways in: `write` copies a tensor into a region of a parameter, `fill` zeroes declared padding,
+`memory` hands out the bytes of a contiguous region so that a file can be read straight into them,
+`landing` those that a message can be received into, `address` says where a parameter's memory
+begins. Nobody else calls `copy_`, `fill_` or asks for an address.
 
 Regions are in the parameter's own local coordinates, possibly of a reshaped view of it.
 """

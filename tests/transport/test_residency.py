@@ -110,5 +110,5 @@ def test_kernels_and_systems_that_cannot_say(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_advice_is_only_advice() -> None:
     """Memory that is not there, or less than a page of it, is no error."""
-    residency.use_huge_pages(4096 * 10, 4096 * 600)
-    residency.use_huge_pages(4097, 3)
+    residency.HugePages().use(4096 * 10, 4096 * 6000)
+    residency.HugePages().use(4097, 3)

@@ -18,7 +18,7 @@ import torch
 from lading import writing
 from lading.errors import DeviceError
 from lading.transport.engine import BLOCK_BYTES
-from lading.transport.residency import use_huge_pages
+from lading.transport.residency import HugePages
 
 __all__ = ["Gpu", "Gpus", "cuda_problem"]
 
@@ -109,7 +109,7 @@ class Gpu:
         address = writing.address(memory)
         assert address is not None, "a new tensor is dense"
         self._first = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        use_huge_pages(self._first, num_bytes)
+        HugePages().use(self._first, num_bytes)
         with torch.cuda.device(self._device):
             torch.cuda.current_stream(self._device).query()  # the device's context is current
             code = self._driver.cuMemHostRegister_v2(

@@ -3,10 +3,10 @@ each other rank what that one needs of them (`rounds` says which).
 
 One round is read while the one before is exchanged. A band lies in memory on the parameters' own
 device; what others need of it is sent from there where it is contiguous, and packed first where
-not; what arrives goes straight into the parameter where it belongs to contiguous memory of it, and
-through a buffer otherwise. On a GPU the exchange is work of the current stream: the engine's streams
-follow it before a band's memory is read into again, and it gets a band when the engine's copies have
-arrived.
+not; what arrives goes straight into the parameter where it belongs to contiguous memory of it,
+and through a buffer otherwise. On a GPU the exchange is work of the current stream: the engine's
+streams follow it before a band's memory is read into again, and it gets a band when the engine's
+copies have arrived.
 
 A rank that fails goes on taking part in all rounds, with memory that holds anything, and raises
 afterwards: nobody waits for it for ever, and the caller exchanges verdicts anyhow.
@@ -184,10 +184,16 @@ class Exchange:
         self._exchange_until(len(self._rounds.rounds), moved, advance)
         self._bands, self._packed, self._landed = [], None, None
 
+    def wait(self) -> None:
+        """Returns when everything has arrived."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
     def abandon(self, error: Exception) -> None:
         """Takes part in the rounds that are left without reading: this rank has failed."""
         self.failure = self.failure or error
         self.finish(Moved(), lambda _: None)
+        self.wait()
 
     def _exchange_until(self, number: int, moved: Moved, advance: Advance) -> None:
         on_gpu = self._device.type == "cuda"

@@ -45,7 +45,7 @@ from lading.transport.host import (
     position,
 )
 from lading.transport.jobs import JobList, Jobs, Piece, common_runs
-from lading.transport.residency import use_huge_pages
+from lading.transport.residency import HugePages
 from lading.transport.rounds import Sharing
 from lading.transport.sorting import Opened, Sorting, Straight
 
@@ -113,8 +113,8 @@ class Transport:
     group       the ranks of the plan, which then may read for one another
     exchange    whether they do. None: yes with NCCL where all ranks are on this host, as NVLink
                 carries several times what the bus to the host does; no with gloo, as its sockets
-                carry less than the page cache gives each rank, and a cold file is read from the disk
-                once anyway. True: also with gloo, and between hosts
+                carry less than the page cache gives each rank, and a cold file is read from the
+                disk once anyway. True: also with gloo, and between hosts
     sharing     which tensors are worth it
     """
 
@@ -206,6 +206,8 @@ class Transport:
         self._finish_exchange(advance)
         for device, others in sorting.values.items():
             self._run_values(plan, share, others, tensors, device, advance)
+        if self._exchange is not None:
+            self._exchange.wait()
         return self.moved
 
     def _begin_exchange(
@@ -456,10 +458,11 @@ def gpus_for(limits: Limits, num_local: int) -> Gpus:
 
 def _advise(targets: Iterable[torch.Tensor]) -> None:
     """Huge pages for large memory that nobody has touched yet: fewer faults while it is filled."""
+    pages = HugePages()
     for target in targets:
         address = writing.address(target)
         if address is not None:
-            use_huge_pages(address, target.nbytes)
+            pages.use(address, target.nbytes)
 
 
 def _problem(fault: Fault, source: Source, copy: Copy | Binding, opened: Opened) -> LadingError:

@@ -358,7 +358,7 @@ class _Finder:
             yield Kind(needs, dim, rows, size), positions
 
     def _layout(self, target: Target) -> int:
-        """One number for equal layouts; hashing walks their values, so each object is hashed once."""
+        """One number for equal layouts. Hashing walks their values: each object is hashed once."""
         number = self._known.get(id(target.layout))
         if number is None:
             number = self._layouts.setdefault(target.layout, len(self._layouts))
