@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N benchmarks/gpu.py FOLDER [--runs 5] [--sweep]
 
-FOLDER gets a checkpoint of Llama-3-8B's shapes (16 GB) unless it has one. All loaders run in turns on
-parameters that exist already; time is from a barrier until every rank has its parameters. After the
-timed runs every element of every rank is compared with what safetensors slices from the file.
+FOLDER gets a checkpoint of Llama-3-8B's shapes (16 GB) unless it has one. All loaders run in turns
+on parameters that exist already; time is from a barrier until every rank has its parameters. After
+the timed runs every element of every rank is compared with what safetensors slices from the file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -148,7 +149,8 @@ class Bench:
         lading.from_pretrained(self.folder, ranks=ranks, device=self.device)
 
     def instanttensor(self) -> None:
-        from instanttensor import Backend, safe_open as opened
+        from instanttensor import Backend
+        from instanttensor import safe_open as opened
 
         group = dist.group.WORLD if self.size > 1 else None
         with opened(
@@ -271,14 +273,12 @@ def main() -> None:
 
 def sweep(bench: Bench) -> None:
     """Threads, chunk and depth of the engine."""
-    for threads, chunk, depth in (
-        (8, 2, 2), (10, 2, 2), (12, 1, 4), (12, 2, 2), (12, 2, 3), (14, 2, 2), (15, 1, 4), (15, 2, 2),
-    ):  # fmt: skip
+    kinds = (8, 2, 2), (12, 1, 4), (12, 2, 2), (12, 2, 3), (14, 1, 3), (15, 1, 4), (15, 2, 2)
+    for threads, chunk, depth in kinds:
         moving.GPU_CHUNK_BYTES, moving.DEPTH = chunk << 20, depth
         limits = lading.Limits(num_threads=threads)
-        took = []
-        for _ in range(4):
-            took.append(bench.timed(lambda: lading.load(bench.model, bench.folder, limits=limits)))
+        load = partial(lading.load, bench.model, bench.folder, limits=limits)
+        took = [bench.timed(load) for _ in range(4)]
         median = statistics.median(took[1:])
         say(
             bench,

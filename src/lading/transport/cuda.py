@@ -1,7 +1,7 @@
 """A CUDA device as the engine sees it: page-locked buffers, streams, and the driver's functions.
 
-The driver's library is asked, not the runtime's: it has one name and one stable interface wherever a
-GPU works, while each build of torch brings a runtime of its own.
+The driver's library is asked, not the runtime's: it has one name and one stable interface wherever
+a GPU works, while each build of torch brings a runtime of its own.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Executes jobs: by the native engine where it was built, in Python otherwise. Same units, same bytes,
-same errors; only the speed differs.
+"""Executes jobs: by the native engine where it was built, in Python otherwise. Same units, same
+bytes, same errors; only the speed differs.
 
 What a job, a unit and a gap are is said in `jobs` and in `_engine.c`. A run never enters the
 interpreter; this thread waits for it in short steps, so that Ctrl-C and a progress bar are served.
@@ -53,8 +53,8 @@ class Fault:
 
 @dataclass(slots=True)
 class Stats:
-    """What runs have done. Seconds are summed over threads; reading and waiting for the bus are told
-    apart only where there is a bus.
+    """What runs have done. Seconds are summed over threads; reading and waiting for the bus are
+    told apart only where there is a bus.
     """
 
     read_bytes: int = 0

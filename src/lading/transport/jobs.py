@@ -1,8 +1,8 @@
 """Copies as jobs: numbers that say which bytes of which file go to which address. No torch.
 
-A job is a grid of equal runs of bytes. A copy whose two regions are boxes of row-major memory is one
-job, or a few: dims that both regions take whole are folded into the run, neighbouring grid dims into
-one. Letters: n = jobs, F = fields.
+A job is a grid of equal runs of bytes. A copy whose two regions are boxes of row-major memory is
+one job, or a few: dims that both regions take whole are folded into the run, neighbouring grid dims
+into one. Letters: n = jobs, F = fields.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Grid:
         return prod(self.counts)
 
     def pieces(self) -> Iterable[tuple[int, int, int, int, int]]:
-        """Two-dimensional grids: (source first, target first, runs, source stride, target stride)."""
+        """Grids of one dim: (source first, target first, runs, source stride, target stride)."""
         if not self.counts:
             yield self.source_first, self.target_first, 1, self.length, self.length
             return

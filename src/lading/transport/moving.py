@@ -1,15 +1,14 @@
 """`Transport`: one rank's share of a plan, from files into parameters, each byte moved once.
 
-A copy takes one of two ways. *Straight*: both ends are boxes of row-major memory of one dtype, so it is
-a few jobs of the engine, whose threads read the file's bytes right into the parameter, or, for a GPU,
-into page-locked buffers and on from there. *By value*: the bytes pass through memory in which torch
-can cast or permute them, a bounded piece at a time.
-
-Within a group, what several ranks need is read by one of them and handed on (`exchange`).
+A copy takes one of two ways. *Straight*: both ends are boxes of row-major memory of one dtype, so
+it is a few jobs of the engine, whose threads read the file's bytes right into the parameter, or, for
+a GPU, into page-locked buffers and on from there. *By value*: the bytes pass through memory in which
+torch can cast or permute them, a bounded piece at a time.
 
 How a file is read follows from where its bytes are. In the page cache: through it. Not there, on a
 disk of this machine: past it (O_DIRECT), by more threads; but what several ranks of one host need
-goes through the page cache, so that the disk is read once. Behind a network: through it, by more threads.
+goes through the page cache, so that the disk is read once. Behind a network: through the cache, by
+more threads.
 """
 
 from __future__ import annotations
@@ -109,7 +108,8 @@ class Transport:
     reader      serves the checkpoint's bytes
     num_local   ranks of this host that load the same files at the same time
     gpus        page-locked memory; made where it is missing
-    direct      reads past the page cache: None = where the file is cold; for tests, or if it is known
+    direct      reads past the page cache: None = where the file is cold; for tests, or where it
+                is known
     group       the ranks of the plan, which then may read for one another
     exchange    whether they do. None: yes with NCCL where all ranks are on this host, as NVLink
                 carries several times what the bus to the host does; no with gloo, as its sockets
@@ -394,7 +394,7 @@ class Transport:
 
 @dataclass(slots=True)
 class _Landed:
-    """A box of a copy, `inner` in its own coordinates, whose bytes lie packed in `room` from `at` on."""
+    """A box of a copy, `inner` in its own coordinates; its bytes are packed in `room` from `at` on."""
 
     copy: Copy
     inner: Region

@@ -37,7 +37,7 @@ REMOTE = {
     0x19830326: "beegfs",
     0x5346414F: "afs",
 }
-"""`f_type` of statfs(2) for file systems whose bytes come over a network, or from another process."""
+"""`f_type` of statfs(2) of file systems whose bytes come over a network, or from a process."""
 
 
 def resident_bytes(fd: int, num_bytes: int) -> int | None:
