@@ -123,3 +123,57 @@ def test_explain_refuses(args: list[str], code: int, message: str, folder: str) 
     if code == 1:
         error = value_of(run("explain", name, folder, *rest, "--json"))["error"]
         assert message in error["message"]
+
+
+def test_explain_with_its_arguments_swapped(folder: str) -> None:
+    found = run("explain", folder, QKV)
+    assert found.exit_code == 2
+    assert "NAME" in found.stderr
+    assert "comes before DIR" in found.stderr
+
+
+# --------------------------------------------------------------------------- shard, reshard, merge
+
+
+def test_there_and_back(folder: str, tmp_path: Path) -> None:
+    two, one, out = (str(tmp_path / name) for name in ("two", "one", "out"))
+    first = run("shard", folder, "--tp", "2", "-o", two)
+    assert first.exit_code == 0
+    size = sum(path.stat().st_size for path in Path(two).glob("*.safetensors"))
+    head, speed = first.stdout.splitlines()
+    assert head == f"{two}: 2 ranks"
+    assert speed.startswith(f"{size / 1000:.0f} kB in ")
+    assert value_of(run("reshard", two, "--tp", "1", "-o", one, "--json"))["tp_size"] == 1
+    merged = value_of(run("merge", one, "-o", out, "--json"))
+    assert merged["tp_size"] is None
+    files = sorted(path.name for path in Path(folder).iterdir())
+    assert sorted(path.name for path in Path(out).iterdir()) == files
+    for name in files:
+        assert Path(out, name).read_bytes() == Path(folder, name).read_bytes()
+    assert run("digest", folder, "--against", two).exit_code == 0
+
+
+@pytest.mark.parametrize("verb", ["shard", "reshard", "merge"])
+def test_one_process_writes_files(
+    verb: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    out = tmp_path / "out"
+    tp = [] if verb == "merge" else ["--tp", "2"]
+    found = run(verb, folder, *tp, "-o", str(out))
+    assert found.exit_code == 2
+    assert "in one process, needs no launcher" in " ".join(found.stderr.replace("│", " ").split())
+    assert not out.exists()
+
+
+def test_inspect_says_what_is_pre_sharded(folder: str, tmp_path: Path) -> None:
+    two = str(tmp_path / "two")
+    assert run("shard", folder, "--tp", "2", "-o", two).exit_code == 0
+    shown = run("inspect", two).stdout.splitlines()
+    assert shown[0] == "pre-sharded for 2 ranks; it holds this checkpoint:"
+    assert value_of(run("inspect", two, "--json"))["pre_sharded"] == 2
+    assert value_of(run("inspect", folder, "--json"))["pre_sharded"] is None
+    assert not run("inspect", folder).stdout.startswith("pre-sharded")

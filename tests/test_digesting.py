@@ -87,7 +87,7 @@ def test_against_another(folder: str, tmp_path: Path) -> None:
     result = run("digest", folder, "--against", str(tmp_path))
     assert result.exit_code == 1
     *_, head, last = result.stdout.splitlines()
-    assert head == f"✗ 1 tensor differ from those of {tmp_path}:"
+    assert head == f"✗ 1 tensor differs from those of {tmp_path}:"
     before = oracle.of_folder(Path(folder))
     changed = [n for n, value in oracle.of_folder(tmp_path).items() if value != before[n]]
     assert len(changed) == 1

@@ -11,7 +11,8 @@ JSON: every object has "ok" and "command"; where ok is false, "error" has the er
     verify    elements_compared, mismatches, first_mismatches, reader, logits, load;
               with --digest digests (regions_compared, mismatches)
     dequantize   tp_size, out, num_tensors
-    inspect   folder, format, num_tensors, num_bytes, files, tensors, config, tp_sizes
+    inspect   folder, format, num_tensors, num_bytes, files, tensors, config, tp_sizes,
+              pre_sharded (for how many ranks, null where it is not)
     demo      folder, plan (a summary), load, verify
 
 Everything but typer is imported by the command that needs it, so that plan, inspect and --help
@@ -203,11 +204,13 @@ def plan(
     straddle: Straddle = StraddleName.DUPLICATE,
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write the plan as JSON.", show_default=False),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Write the plan as JSON.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Plans and proves a load from the files' headers alone: nothing is read, no GPU, no torch."""
+    """Plans and proves a load from the files' headers alone: no weights, no GPU, no torch."""
     size = tp_of(tp)
     if rank is not None and rank >= size:
         allowed = f"0 to {size - 1}" if size > 1 else "0"
@@ -343,14 +346,21 @@ def inspect(path: Dir, as_json: Json = False) -> None:
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import report
+        from lading.sharded import Sharded
 
         checkpoint, facts, sizes = _facts(path)
+        served_by = checkpoint.served_by
+        pre_sharded = served_by.plan.tp_size if isinstance(served_by, Sharded) else None
         if not as_json:
+            if pre_sharded is not None:
+                text = f"pre-sharded for {pre_sharded} ranks; it holds this checkpoint:"
+                show((report.Line(text=text), report.Line(text="")))
             shown = [(key, str(value)) for key, value in facts.items() if value is not None]
             show(report.inspect_report(checkpoint, shown))
         value = report.inspect_json(checkpoint)
         value["config"] = facts
         value["tp_sizes"] = sizes
+        value["pre_sharded"] = pre_sharded
         return True, value
 
     run_command("inspect", work, as_json)

@@ -11,6 +11,7 @@ Each stands in a section of its own. JSON, beside "ok" and "command":
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,30 +55,31 @@ def explain(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="A parameter, a checkpoint tensor, or with --byte a file."
+            metavar="NAME",
+            help="A parameter, a checkpoint tensor, or with --byte a file of the checkpoint.",
         ),
     ],
     path: Dir,
     tp: Tp = None,
     index: Annotated[
         str | None,
-        typer.Option(
-            metavar="I,J", help="One element of it. Default: its regions.", show_default=False
-        ),
+        typer.Option(metavar="I,J", help="One element. Default: all regions.", show_default=False),
     ] = None,
     byte: Annotated[
         int | None,
-        typer.Option(metavar="B", min=0, help="What holds this byte of it.", show_default=False),
+        typer.Option(
+            metavar="B", min=0, help="What holds this byte of the file.", show_default=False
+        ),
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(metavar="R", min=0, help="On this rank. Default: all.", show_default=False),
+        typer.Option(metavar="R", min=0, help="Only this rank. Default: all.", show_default=False),
     ] = None,
     kind: Annotated[
         KindName | None,
         typer.Option(
             "--as",
-            help="What a name is that is both. Default: parameter with --rank, else tensor.",
+            help="What NAME means where both have it. Default: parameter with --rank, else tensor.",
             show_default=False,
         ),
     ] = None,
@@ -85,13 +87,16 @@ def explain(
     straddle: Straddle = StraddleName.DUPLICATE,
     as_json: Json = False,
 ) -> None:
-    """Where elements are: in parameters, checkpoint tensors and files. From headers alone."""
+    """Shows where elements are: in parameters, checkpoint tensors and files; from headers alone."""
     size = tp_of(tp)
     place = _index_of(index)
     if byte is not None and (place is not None or kind is not None):
         raise typer.BadParameter(
             "says which element, needs no --index or --as", param_hint="--byte"
         )
+
+    if not os.path.lexists(path) and os.path.lexists(name):
+        raise typer.BadParameter("comes before DIR", param_hint="NAME")
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import explaining, preflight, report
@@ -141,7 +146,10 @@ def export(
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint that FOLDER holds.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace FOLDER and all in it, where it holds a checkpoint."
+        ),
     ] = False,
     straddle: Straddle = StraddleName.DUPLICATE,
     as_json: Json = False,
@@ -177,10 +185,11 @@ def export(
 Out = Annotated[str, typer.Option("--out", "-o", metavar="FOLDER", help="The folder to write.")]
 NewTp = Annotated[int, typer.Option("--tp", metavar="N", min=1, max=1024, help="Number of ranks.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the checkpoint that FOLDER holds.")
+    bool,
+    typer.Option("--overwrite", help="Replace FOLDER and all in it, where it holds a checkpoint."),
 ]
 Verify = Annotated[
-    bool, typer.Option(help="Compare each tensor's digest with the one that was taken by shard.")
+    bool, typer.Option(help="Compare each tensor's digest with the one that `lading shard` took.")
 ]
 Sharded = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `lading shard` wrote.")]
 
@@ -195,6 +204,7 @@ def shard(
     as_json: Json = False,
 ) -> None:
     """Cuts a checkpoint into one file a rank, which a rank loads by one sequential read."""
+    _check_alone()
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import progress, sharding
@@ -219,6 +229,7 @@ def reshard(
     as_json: Json = False,
 ) -> None:
     """Turns a folder of `lading shard` into one of another number of ranks, file to file."""
+    _check_alone()
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import progress, sharding
@@ -242,6 +253,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Puts a folder of `lading shard` together again: the original files, byte for byte."""
+    _check_alone()
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import progress, sharding
@@ -254,13 +266,25 @@ def merge(
     run_command("merge", work, as_json)
 
 
+def _check_alone() -> None:
+    """Every process of a launcher would write the same folder."""
+    from lading.launch import join_size
+
+    size = join_size()
+    if size is not None and size > 1:
+        fact = f"goes from files to files in one process, needs no launcher (WORLD_SIZE is {size})"
+        raise typer.BadParameter(fact, param_hint="this command")
+
+
 def _written(done: ShardReport, as_json: bool) -> dict[str, Any]:
     """Says what was written, or gives it as JSON values."""
     if not as_json:
-        from lading.report import Line
+        from lading.report import Line, spell_bytes
 
         form = "the original files" if done.tp_size is None else f"{done.tp_size} ranks"
-        lines = [f"{done.path}: {form}, {done}", *done.notes]
+        size, rate = spell_bytes(done.num_bytes), spell_bytes(done.num_bytes / done.seconds)
+        speed = f"{size} in {done.seconds:.3g} s, {rate}/s"
+        lines = [f"{done.path}: {form}", *done.notes, speed]
         show([Line(text=line) for line in lines])
     return {
         "path": done.path,
@@ -286,7 +310,7 @@ def digest(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """A digest of each tensor, the same for a checkpoint and for `lading shard` of it at any TP."""
+    """Prints a digest of each tensor: the same for a checkpoint and `lading shard` of it."""
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import digesting, report

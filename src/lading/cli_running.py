@@ -82,7 +82,10 @@ _CODES = {DtypeName.BF16: "BF16", DtypeName.FP16: "F16", DtypeName.FP32: "F32"}
 
 Dir = Annotated[
     str,
-    typer.Argument(metavar="DIR", help="A checkpoint folder, a weight file or an index."),
+    typer.Argument(
+        metavar="DIR",
+        help="A checkpoint folder, a weight file, an index, or a folder of `lading shard`.",
+    ),
 ]
 Tp = Annotated[
     int | None,
@@ -107,7 +110,9 @@ Device = Annotated[
 ]
 Straddle = Annotated[
     StraddleName,
-    typer.Option(help="Quantisation scales that a cut goes through: kept by both ranks, or not."),
+    typer.Option(
+        help="Quantisation scales that a cut goes through: kept by both ranks, or refused."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON instead of text.")]
 

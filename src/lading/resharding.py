@@ -64,8 +64,8 @@ class ReshardReport:
     seconds: float
 
     def __str__(self) -> str:
-        moved = self.kept_bytes + self.received_bytes
-        return f"{moved / 1e9:.3g} GB in {self.seconds:.3g} s, {self.received_bytes / 1e9:.3g} sent"
+        moved, received = (self.kept_bytes + self.received_bytes) / 1e9, self.received_bytes / 1e9
+        return f"{moved:.3g} GB in {self.seconds:.3g} s, {received:.3g} of them received"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

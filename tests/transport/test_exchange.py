@@ -19,16 +19,17 @@ from torch import nn
 import lading
 from lading import loading
 from lading import ranks as ranks_module
-from lading.checkpoint import open_checkpoint
-from lading.errors import LadingError
+from lading.checkpoint import Source, open_checkpoint
+from lading.errors import FileError, LadingError
 from lading.launch import run_ranks
 from lading.layers import Layer
 from lading.layouts import Axis, Cut, Layout
 from lading.plan import Target, make_plan
 from lading.ranks import Ranks
 from lading.specs import Along, Dim, TensorSpec, dense_specs
-from lading.transport import Limits, Transport, moving
+from lading.transport import Limits, Moved, Transport, moving
 from lading.transport.engine import Engine
+from lading.transport.exchange import Bands, Exchange, plan_exchange
 from lading.transport.rounds import Sharing
 
 from ..loading_made import Block, Spoiling, break_disk, indices, local, on_meta, save, shapes
@@ -148,7 +149,7 @@ def add_attention(case: Case) -> None:
     shared = ("one.k_proj.weight", "one.v_proj.weight") if kv < size else ()
     case.add("one.qkv_proj.weight", layout, "BF16", partial(fused, parts), *shared)
     whole = case.tensor("two.qkv_proj.weight", (sum(sizes), 64), torch.bfloat16)
-    case.add("two.qkv_proj.weight", layout, "BF16", partial(fused, list(whole.split(sizes))))
+    case.add("two.qkv_proj.weight", layout, "BF16", partial(fused, list(torch.split(whole, sizes))))
     if kv < size:
         case.exchanged.add("two.qkv_proj.weight")
 
@@ -169,7 +170,7 @@ def add_packed(case: Case) -> None:
     shared = [name for name, pieces in zip(names, counts, strict=True) if pieces < size]
     case.add(*("three.qkv_proj.qweight", layout, "I32"), partial(fused, parts), *strided, *shared)
     whole = case.tensor("four.qkv_proj.qweight", (41, sum(sizes)), torch.int32)
-    parts = list(whole.split(sizes, 1))
+    parts = list(torch.split(whole, sizes, 1))
     case.add("four.qkv_proj.qweight", layout, "I32", partial(fused, parts), "four.qkv_proj.qweight")
 
 
@@ -215,7 +216,8 @@ def same(one: torch.Tensor, two: torch.Tensor) -> bool:
 
 def loads(ranks: Ranks, folder: str) -> dict[str, dict[str, Any]]:
     """Each way of loading: which targets are wrong, and what was moved."""
-    moving.Engine = partial(Engine, gap_bytes=0)  # type: ignore[misc, assignment]
+    patch = pytest.MonkeyPatch()  # of a process that ends soon
+    patch.setattr(moving, "Engine", partial(Engine, gap_bytes=0))
     group = ranks_module.group_of(ranks, None)
     case = case_of(ranks.tp_size)
     checkpoint = open_checkpoint(folder)
@@ -283,8 +285,14 @@ def test_every_rank_has_its_own(size: int, tmp_path: Path) -> None:
         assert all(ranks[name]["received"] == 0 for ranks in results)
 
 
-def differing(ranks: Ranks, folder: str) -> tuple[int, list[str]]:
-    """Rank 1 has another bucket than the others: nobody exchanges, everybody loads."""
+def no_memory(*_: object, **__: object) -> None:
+    raise torch.cuda.OutOfMemoryError("on a GPU that is full")
+
+
+def differing(ranks: Ranks, folder: str, how: str) -> tuple[int, list[str]]:
+    """Rank 1 has another bucket than the others, or no memory for it: nobody exchanges, everybody
+    loads.
+    """
     case = case_of(ranks.tp_size)
     checkpoint = open_checkpoint(folder)
     plan = make_plan(case.targets, checkpoint.tensors, ranks=[ranks])
@@ -296,17 +304,20 @@ def differing(ranks: Ranks, folder: str) -> tuple[int, list[str]]:
             group=ranks_module.group_of(ranks, None),
             exchange=True,
             sharing=SHARING,
-            limits=Limits(device_bytes=2**20 + ranks.tp_rank),
+            limits=Limits(device_bytes=2**20),
         )
-        if ranks.tp_rank == 1:
+        if ranks.tp_rank == 1 and how == "limits":
             transport.limits = Limits(device_bytes=2**14)
+        elif ranks.tp_rank == 1:
+            pytest.MonkeyPatch().setattr(moving, "plan_exchange", no_memory)
         moved = transport.run(plan, plan.share(ranks), memory, lambda _: None)
     return moved.received_bytes, [n for n, t in memory.items() if not same(t, needed[n])]
 
 
-def test_ranks_that_would_exchange_otherwise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["limits", "no memory"])
+def test_ranks_that_would_exchange_otherwise(how: str, tmp_path: Path) -> None:
     save_file(case_of(3).full, tmp_path / "model.safetensors")
-    assert run_ranks(differing, 3, (str(tmp_path),)) == [(0, [])] * 3
+    assert run_ranks(differing, 3, (str(tmp_path), how)) == [(0, [])] * 3
 
 
 # -------------------------------------------------------------------------------------- the verb
@@ -340,9 +351,10 @@ def shorten(file: Path) -> None:
 def verb(ranks: Ranks, folder: str, how: str, *, live: bool) -> dict[str, Any]:
     """`lading.load` with an exchange; something happens on rank 1 when all has been checked."""
     path = Path(folder)
-    moving.Engine = partial(Engine, gap_bytes=0)  # type: ignore[misc, assignment]
-    options = {"exchange": True, "sharing": SHARING}
-    loading.Transport = partial(Transport, **options)  # type: ignore[misc, assignment]
+    patch = pytest.MonkeyPatch()  # of a process that ends soon
+    patch.setattr(moving, "Engine", partial(Engine, gap_bytes=0))
+    options: dict[str, Any] = {"exchange": True, "sharing": SHARING}
+    patch.setattr(loading, "Transport", partial(Transport, **options))
     model: nn.Module = on_meta(ranks, kv_heads=2, dtype=torch.float64)
     if live:
         model = Block(ranks, kv_heads=2, dtype=torch.float64)
@@ -369,7 +381,8 @@ def verb(ranks: Ranks, folder: str, how: str, *, live: bool) -> dict[str, Any]:
         return found
     found["left"] = sorted({p.device.type for p in model.parameters()})
     try:
-        model(torch.zeros(6, dtype=torch.float64))
+        if live:
+            model(torch.zeros(6, dtype=torch.float64))
     except LadingError as error:
         found["forward"] = type(error).__name__
     return found
@@ -407,3 +420,104 @@ def test_a_rank_that_fails(how: str, words: str, live: bool, folder: Path) -> No
     assert all(result["seconds"] < SECONDS for result in results)
     assert all(result["left"] == (["cpu"] if live else ["meta"]) for result in results)
     assert all(("forward" in result) is live for result in results)
+
+
+# --------------------------------------------------------------------------------- one rank alone
+
+
+def alone(patch: pytest.MonkeyPatch, swap: Callable[..., None]) -> tuple[Exchange, Any]:
+    """Rank 0 of 2 with a replicated tensor in three rounds of 24 rows; the other rank is `swap`."""
+    patch.setattr(ranks_module, "carries", lambda *_: True)
+    patch.setattr(ranks_module, "swap", swap)
+    source = Source(
+        name="w.weight", dtype="U8", shape=(72, 10), file="f", offset_bytes=0, num_bytes=720
+    )
+    target = Target(name="w.weight", layout=Layout.replicated((72, 10), 2), dtype="U8")
+    plan = make_plan([target], {source.name: source}, ranks=[Ranks(tp_size=2)])
+    memory = {"w.weight": torch.zeros(72, 10, dtype=torch.uint8)}
+    group: Any = None
+    found = plan_exchange(
+        plan, plan.shares[0], memory, group, sharing=SHARING, device_bytes=4 * 128
+    )
+    assert found is not None, "it is worth it"
+    return found, memory["w.weight"]
+
+
+class NoFile:
+    """Stands for the open files: nothing is read."""
+
+    is_cold = (False,)
+
+    def number(self, _: str) -> int:
+        return 0
+
+
+def test_a_round_is_exchanged_while_the_next_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never before it has been read, and never while its own memory is read into again."""
+    calls: list[str] = []
+    addresses: list[int] = []
+    sent: list[int] = []
+
+    def swap(sends: list[Any], receives: list[Any], _: object) -> None:
+        calls.append("swap")
+        sent.extend(tensor.data_ptr() for _, tensor in sends)
+
+    def read(bands: Bands, meanwhile: Callable[[], None]) -> None:
+        jobs, _ = bands.jobs.jobs()
+        addresses.append(int(jobs[0, 2]))
+        calls.append("begin")
+        meanwhile()
+        calls.append("end")
+
+    exchange, _ = alone(monkeypatch, swap)
+    opened: Any = NoFile()
+    moved = Moved()
+    exchange.run(read, opened, moved, lambda _: None)
+    first, later = ["begin", "end"], ["begin", "swap", "end"]
+    rounds = len(addresses)
+    assert rounds > 2
+    assert calls == first + later * (rounds - 1), "the last is left for `finish`"
+    exchange.finish(moved, lambda _: None)
+    exchange.finish(moved, lambda _: None)
+    assert calls == first + later * (rounds - 1) + ["swap"]
+    assert sent == addresses, "what was read in a round is what is sent in it"
+    assert addresses[0::2] == [addresses[0]] * len(addresses[0::2]) != addresses[1::2]
+    assert (moved.kept_bytes, moved.received_bytes, moved.given_bytes) == (720, 360, 0)
+
+
+def test_a_rank_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a message cannot be sent, no other is tried."""
+    calls: list[int] = []
+
+    def swap(*_: object) -> None:
+        calls.append(1)
+        raise RuntimeError("connection closed by peer")
+
+    exchange, memory = alone(monkeypatch, swap)
+    opened: Any = NoFile()
+    with pytest.raises(RuntimeError, match="connection closed"):
+        exchange.run(lambda _, meanwhile: meanwhile(), opened, Moved(), lambda _: None)
+    exchange.abandon(ValueError("again"))
+    assert calls == [1]
+    assert not memory.any()
+
+
+def test_a_rank_that_cannot_read_takes_part_in_every_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+    exchange, memory = alone(monkeypatch, lambda *_: calls.append(1))
+    opened: Any = NoFile()
+    reads: list[int] = []
+
+    def read(*_: object) -> None:
+        reads.append(1)
+        raise FileError("cannot be read")
+
+    moved = Moved()
+    with pytest.raises(FileError):
+        exchange.run(read, opened, moved, lambda _: None)
+    assert len(reads) == 1
+    assert len(calls) > 2
+    assert (moved.kept_bytes, moved.received_bytes) == (0, 0)
+    assert not memory.any(), "what it sent was not written here"

@@ -102,7 +102,7 @@ def _notes(facts: dict[str, Any], cold: bool) -> list[Block]:
     good, total = checked["mismatches"] == 0, checked["elements_compared"]
     if any(peer["problem"] is None for peer in facts["peers"]):
         what = (
-            "- peers fill the same parameters by lading's plan; only lading's time has its making"
+            "- peers fill the same parameters by lading's plan, which only lading's time includes"
         )
         blocks.append(Line(text=what, style="dim"))
     text = f"✓ all {total:,} elements are what {checked['reader']} reads"

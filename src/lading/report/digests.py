@@ -44,7 +44,8 @@ def differences_report(
     if not differences:
         text = f"✓ all {count_of(len(found.tensors), 'tensor')} are those of {other}"
         return (Line(text=text, style="green"),)
-    head = f"✗ {count_of(len(differences), 'tensor')} differ from those of {other}:"
+    verb = "differs" if len(differences) == 1 else "differ"
+    head = f"✗ {count_of(len(differences), 'tensor')} {verb} from those of {other}:"
     return (
         Line(text=head, style="red"),
         *(Line(text=f"  {one}", style="red") for one in differences),

@@ -139,7 +139,8 @@ class Transport:
     def offer(self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor]) -> object:
         """Plans what this rank exchanges with the others, and takes the memory for it.
 
-        Every rank's offer goes to `settle` on every rank. Raises what cannot be allocated.
+        Every rank's offer goes to `settle` on every rank. None where there is nothing to exchange,
+        or no memory for it.
         """
         self._exchange = None
         group = self.group if self.reader.files is not None else None
@@ -148,9 +149,10 @@ class Transport:
             wanted = self.num_local == plan.tp_size and ranks_module.carries(group, "cuda")
         if group is not None and wanted:
             limit = self.limits.device_bytes
-            self._exchange = plan_exchange(
-                plan, share, tensors, group, sharing=self.sharing, device_bytes=limit
-            )
+            with suppress(torch.cuda.OutOfMemoryError):  # a load does without rather than fail
+                self._exchange = plan_exchange(
+                    plan, share, tensors, group, sharing=self.sharing, device_bytes=limit
+                )
         offer = self._exchange.offer if self._exchange is not None else None
         return offer[:2] if offer is not None and self.exchange else offer
 

@@ -211,9 +211,14 @@ def plan_rounds(
     filling = _Filling(bucket_bytes)
     hashed = hashlib.sha256(repr((plan.tp_size, bucket_bytes)).encode())
     kept = [one for one in found if filling.add(one)]
+    kinds: dict[int, int] = {}
     for one in kept:
+        if id(one.kind) not in kinds:
+            kinds[id(one.kind)] = len(kinds)
+            hashed.update(one.kind.facts.encode())
+        bound = [(b.target, b.part, b.fused) for b in one.bindings]
         source = one.source
-        facts = (source.name, source.file, source.offset_bytes, one.bindings, one.kind.facts)
+        facts = (source.name, source.file, source.offset_bytes, bound, kinds[id(one.kind)])
         hashed.update(repr(facts).encode())
     filling.close()
     return Rounds(
