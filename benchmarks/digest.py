@@ -23,8 +23,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import lading
-from lading.digests import sums_of
-from lading.file_digests import BLOCK_BYTES, MAX_THREADS
+from lading.digesting.files import BLOCK_BYTES, MAX_THREADS
+from lading.digests.sums import sums_of
 from lading.regions import Region
 
 COLUMNS = 4096

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lading
+from lading import loading
 from lading.ranks import Ranks
 from lading.transport import moving
 
@@ -144,6 +145,15 @@ class Bench:
     def lading(self) -> None:
         self.report = lading.load(self.model, self.folder)
 
+    def lading_alone(self) -> None:
+        """Each rank reads its own bytes, strided, instead of exchanging row cuts."""
+        transport = loading.Transport
+        loading.Transport = partial(transport, exchange=False)
+        try:
+            lading.load(self.model, self.folder)
+        finally:
+            loading.Transport = transport
+
     def lading_meta(self) -> None:
         ranks = Ranks(tp_rank=self.rank, tp_size=self.size)
         lading.from_pretrained(self.folder, ranks=ranks, device=self.device)
@@ -243,6 +253,8 @@ def main() -> None:
         sweep(bench)
     bench.allocate_parts()
     loaders = {"lading": bench.lading, "lading_meta": bench.lading_meta}
+    if bench.size > 1:
+        loaders["lading_alone"] = bench.lading_alone
     loaders |= {name: vars(Bench)[name].__get__(bench) for name in args.peers}
     took: dict[str, list[float]] = {name: [] for name in loaders}
     for run in range(args.runs + 1):
@@ -267,7 +279,15 @@ def main() -> None:
             )
     wrong = torch.tensor([bench.check()], device=bench.device)
     dist.all_reduce(wrong)
-    say(bench, f"wrong tensors: {int(wrong)}; {bench.report}; {bench.report.read_bytes=}")
+    report = bench.report
+    say(bench, f"wrong tensors: {int(wrong)}; {report}; read {report.read_bytes}")
+    shard = report.parameter_bytes
+    say(
+        bench,
+        f"over the bus / shard bytes {report.stats.moved_bytes / shard:.4f}, exchanged "
+        f"{report.exchanged_bytes}, page-locked {report.pinned_bytes}, plan {report.plan_seconds:.3f}"
+        f" s, move {report.move_seconds:.3f} s",
+    )
     dist.destroy_process_group()
 
 
@@ -279,11 +299,12 @@ def sweep(bench: Bench) -> None:
         limits = lading.Limits(num_threads=threads)
         load = partial(lading.load, bench.model, bench.folder, limits=limits)
         took = [bench.timed(load) for _ in range(4)]
+        alone = statistics.median([bench.timed(bench.lading_alone) for _ in range(4)][1:])
         median = statistics.median(took[1:])
         say(
             bench,
             f"threads {threads:2} chunk {chunk} MiB depth {depth}: {median:.3f} s "
-            f"{bench.bytes / median / GB:.1f} GB/s",
+            f"{bench.bytes / median / GB:.1f} GB/s, alone {alone:.3f} s",
         )
 
 

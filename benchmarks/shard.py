@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lading.demo import write_checkpoint
-from lading.sharding import merge, reshard_files, shard
+from lading.sharding.verbs import merge, reshard_files, shard
 
 
 def cpu_seconds() -> float:

@@ -3,7 +3,7 @@
 After each SIGKILL of one rank, or of all, the destination is what it was or the complete new
 checkpoint, byte for byte, the source is untouched, and a rerun succeeds and leaves nothing behind.
 Without DIR a small checkpoint is made with transformers. The tests run a few rounds of the same
-(tests/exporting_killed.py).
+(tests/exports/killed.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Runs the rounds; the exit status says whether every guarantee was kept."""
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-    from tests import exporting_killed
+    from tests.exports import killed
 
     if len(sys.argv) < 2 or not Path(sys.argv[1]).exists():
         from tests.end_to_end.checkpoints import checkpoint
@@ -25,7 +25,7 @@ def main() -> None:
         sys.argv.insert(1, str(checkpoint("llama", files=3)))
     if "--times" not in sys.argv:
         sys.argv += ["--times", "200"]
-    exporting_killed.main()
+    killed.main()
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from pathlib import Path
 
 from lading.demo import write_checkpoint
 from lading.errors import FileError
-from lading.sharding import shard
+from lading.sharding.verbs import shard
 
 CODE = """
 import sys
-from lading.sharding import merge, reshard_files, shard
+from lading.sharding.verbs import merge, reshard_files, shard
 verb, source, out = sys.argv[1:]
 sys.stdout.write("ready\\n")
 sys.stdout.flush()

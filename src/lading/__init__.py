@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lading.checkpoint import Checkpoint, open_checkpoint
     from lading.decoding import dequantize
-    from lading.digest_report import DigestReport
-    from lading.digesting import digest
+    from lading.digesting.report import DigestReport
+    from lading.digesting.verb import digest
     from lading.errors import LadingError, PlanError
-    from lading.exporting import ExportReport, export
-    from lading.foreign_shards import describe_shards
+    from lading.exports.verb import ExportReport, export
     from lading.loading import LoadReport, load
     from lading.names import Names, SkipRule
     from lading.nn import check_loaded, start_load
@@ -24,8 +23,9 @@ if TYPE_CHECKING:
     from lading.plan import Plan, make_plan
     from lading.pretrained import from_pretrained
     from lading.ranks import Ranks, all_ranks
-    from lading.resharding import ReshardReport, reshard
-    from lading.sharding import ShardReport, merge, reshard_files, shard
+    from lading.resharding.verb import ReshardReport, reshard
+    from lading.sharding.foreign import describe_shards
+    from lading.sharding.verbs import ShardReport, merge, reshard_files, shard
     from lading.transport import Limits
 
 __version__ = "0.1.0"
@@ -64,8 +64,8 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "checkpoint",
-    "DigestReport": "digest_report",
-    "ExportReport": "exporting",
+    "DigestReport": "digesting.report",
+    "ExportReport": "exports.verb",
     "LadingError": "errors",
     "Limits": "transport",
     "LoadReport": "loading",
@@ -73,24 +73,24 @@ _HOMES = {
     "Plan": "plan",
     "PlanError": "errors",
     "Ranks": "ranks",
-    "ReshardReport": "resharding",
-    "ShardReport": "sharding",
+    "ReshardReport": "resharding.verb",
+    "ShardReport": "sharding.verbs",
     "SkipRule": "names",
     "all_ranks": "ranks",
     "check_loaded": "nn",
     "dequantize": "decoding",
-    "describe_shards": "foreign_shards",
-    "digest": "digesting",
-    "export": "exporting",
+    "describe_shards": "sharding.foreign",
+    "digest": "digesting.verb",
+    "export": "exports.verb",
     "from_pretrained": "pretrained",
     "load": "loading",
     "make_plan": "plan",
-    "merge": "sharding",
+    "merge": "sharding.verbs",
     "name_parameters": "owners",
     "open_checkpoint": "checkpoint",
-    "reshard": "resharding",
-    "reshard_files": "sharding",
-    "shard": "sharding",
+    "reshard": "resharding.verb",
+    "reshard_files": "sharding.verbs",
+    "shard": "sharding.verbs",
     "start_load": "nn",
 }
 

@@ -27,7 +27,7 @@ from lading.pretrained import load_pretrained
 from lading.ranks import Ranks
 from lading.regions import Region
 from lading.schemes import quantization_of
-from lading.sharded import open_any
+from lading.shards.folder import open_any
 from lading.specs import dense_specs
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from lading.plan import Plan, Share, Target
 from lading.ranks import Ranks
 from lading.regions import Ints, Region
 from lading.routes import Holding, holdings
-from lading.sharded import Sharded
+from lading.shards.folder import Sharded
 from lading.views import ravel, through, unravel
 
 __all__ = ["Box", "Covered", "Element", "Entry", "Explanation", "Kind", "explain", "explain_byte"]

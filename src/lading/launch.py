@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-    from lading.exporting import ExportReport
+    from lading.exports.verb import ExportReport
     from lading.loading import LoadReport
     from lading.models import CausalLM
 
@@ -459,7 +459,7 @@ def export_rank(
     straddle: str = "duplicate",
 ) -> ExportReport:
     """The work of each rank of `lading export`: loads, and writes its share of what it loaded."""
-    from lading.exporting import export
+    from lading.exports.verb import export
     from lading.progress import bar_of
 
     model, _ = load_model(ranks, path, dtype, device, straddle=straddle)

@@ -40,7 +40,7 @@ from lading.parameter import BasevLLMParameter, PerTensorScaleParameter
 from lading.plan import Plan, Share, Target, make_plan
 from lading.ranks import Ranks
 from lading.regions import Region
-from lading.sharded import open_any, reading
+from lading.shards.folder import open_any, reading
 from lading.transport import Limits, Moved, Stats, Transport, gpus_for
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from lading.names import Names
 from lading.plan import Plan, make_plan
 from lading.ranks import Ranks
 from lading.schemes import QuantConfig, quant_config_of
-from lading.sharded import open_any
+from lading.shards.folder import open_any
 
 __all__ = ["Preflight", "Read", "preflight", "read", "tp_sizes", "tp_sizes_of"]
 

@@ -25,15 +25,15 @@ from lading.launch import RankLoad, load_model
 from lading.layouts import Cut, Layout, Part, PartName
 from lading.names import Names
 from lading.ranks import Ranks
-from lading.sharded import is_sharded
+from lading.shards.folder import is_sharded
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed import ProcessGroup
 
+    from lading.digesting.models import DigestCheck
     from lading.loading import Progress
-    from lading.model_digests import DigestCheck
     from lading.models import CausalLM
 
 __all__ = [
@@ -185,7 +185,7 @@ def verify_rank(
     del check_all
     digests = None
     if digest:
-        from lading.model_digests import check_digests
+        from lading.digesting.models import check_digests
 
         bar = progress.bar_of(ranks, "comparing digests")
         compare = partial(check_digests, model, path, ranks, names=names, progress=bar)

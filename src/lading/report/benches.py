@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lading.report.blocks import Block, Line, Table, count_of, spell_bytes
 
 if TYPE_CHECKING:
-    from lading.bench import PeerRuns, RankBench, Run
+    from lading.benching.bench import PeerRuns, RankBench, Run
 
 COLD_ENOUGH = 0.02
 """Of the files' bytes at most so many may be resident where a run counts as cold."""

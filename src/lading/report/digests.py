@@ -9,8 +9,8 @@ from lading import dtypes
 from lading.report.blocks import Block, Line, Table, count_of, spell_bytes
 
 if TYPE_CHECKING:
-    from lading.digest_report import Difference, DigestReport
-    from lading.model_digests import DigestCheck
+    from lading.digesting.models import DigestCheck
+    from lading.digesting.report import Difference, DigestReport
 
 
 def digest_report(found: DigestReport) -> tuple[Block, ...]:

@@ -10,7 +10,7 @@ from lading import dtypes
 from lading.report.blocks import Block, Line, Table, count_of, spell_bytes
 
 if TYPE_CHECKING:
-    from lading.exporting import ExportReport
+    from lading.exports.verb import ExportReport
 
 
 def export_report(exports: Sequence[ExportReport]) -> tuple[Block, ...]:

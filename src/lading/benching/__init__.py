@@ -1,0 +1,1 @@
+"""`lading bench`: a load timed beside other loaders and this machine's ceilings."""

@@ -1,0 +1,1 @@
+"""Digests of tensors that do not depend on how they are cut."""

@@ -1,0 +1,1 @@
+"""The verb `export`: a live model back into a Hugging Face checkpoint."""

@@ -1,0 +1,1 @@
+"""The verb `reshard`: from one live model into another."""

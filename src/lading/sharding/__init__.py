@@ -1,0 +1,1 @@
+"""The verbs `shard`, `reshard_files` and `merge`: from files to files."""
