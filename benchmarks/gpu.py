@@ -24,7 +24,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lading
-from lading import loading
 from lading.ranks import Ranks
 from lading.transport import moving
 
@@ -145,14 +144,9 @@ class Bench:
     def lading(self) -> None:
         self.report = lading.load(self.model, self.folder)
 
-    def lading_alone(self) -> None:
-        """Each rank reads its own bytes, strided, instead of exchanging row cuts."""
-        transport = loading.Transport
-        loading.Transport = partial(transport, exchange=False)
-        try:
-            lading.load(self.model, self.folder)
-        finally:
-            loading.Transport = transport
+    def lading_exchange(self) -> None:
+        """Row cuts are read once, by bands, and exchanged."""
+        lading.load(self.model, self.folder, exchange=True)
 
     def lading_meta(self) -> None:
         ranks = Ranks(tp_rank=self.rank, tp_size=self.size)
@@ -254,7 +248,7 @@ def main() -> None:
     bench.allocate_parts()
     loaders = {"lading": bench.lading, "lading_meta": bench.lading_meta}
     if bench.size > 1:
-        loaders["lading_alone"] = bench.lading_alone
+        loaders["lading_exchange"] = bench.lading_exchange
     loaders |= {name: vars(Bench)[name].__get__(bench) for name in args.peers}
     took: dict[str, list[float]] = {name: [] for name in loaders}
     for run in range(args.runs + 1):
@@ -299,12 +293,11 @@ def sweep(bench: Bench) -> None:
         limits = lading.Limits(num_threads=threads)
         load = partial(lading.load, bench.model, bench.folder, limits=limits)
         took = [bench.timed(load) for _ in range(4)]
-        alone = statistics.median([bench.timed(bench.lading_alone) for _ in range(4)][1:])
         median = statistics.median(took[1:])
         say(
             bench,
             f"threads {threads:2} chunk {chunk} MiB depth {depth}: {median:.3f} s "
-            f"{bench.bytes / median / GB:.1f} GB/s, alone {alone:.3f} s",
+            f"{bench.bytes / median / GB:.1f} GB/s",
         )
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -147,6 +148,7 @@ def load(
     device: torch.device | str | None = None,
     names: Names | None = None,
     limits: Limits | None = None,
+    exchange: bool | None = None,
     progress: Progress | None = None,
 ) -> LoadReport:
     """Fills a model's parameters (and persistent buffers) from a checkpoint; proved, or not at all.
@@ -159,6 +161,8 @@ def load(
     group     over which ranks agree; the default group where it is this rank's
     device    for parameters on meta: this rank's GPU where there is one, else the CPU
     limits    host and GPU memory that the load may use besides the parameters, and its threads
+    exchange  whether ranks of a group read for one another what several of them need; None = where
+              that is faster
     names     naming rules; by default `packed_modules_mapping` of the model, and the usual ones
     Raises a PlanError with every problem before anything is written, the same on all ranks; a
     FileError where reading fails.
@@ -183,6 +187,7 @@ def load(
         group=group,
         device=device,
         limits=limits,
+        exchange=exchange,
         progress=progress,
     )
     return report
@@ -195,6 +200,7 @@ def run_load(
     group: ProcessGroup | None,
     device: torch.device | str | None,
     limits: Limits | None,
+    exchange: bool | None,
     progress: Progress | None,
 ) -> tuple[nn.Module, LoadReport]:
     """Prepares, agrees, executes, agrees, and only then hands the memory to the model."""
@@ -219,6 +225,7 @@ def run_load(
             gpus=gpus,
             # Of a pre-sharded folder each rank has its own file, and another plan.
             group=group if todo is prepared.plan else None,
+            exchange=exchange,
         )
         transport.compare(todo, todo.share(ranks))
         return place, prepared, transport, todo
@@ -227,29 +234,35 @@ def run_load(
     with torch.inference_mode(False), uncollected(), ExitStack() as stack:
         use, num_local = limits or Limits(), ranks_module.num_local(group)
         gpus = stack.enter_context(gpus_for(use, num_local))
-        place, prepared, transport, todo = agreed(begin, _digest if group else _no_facts, group)
+        begun, found = all_well(begin, partial(_facts, group), group)
+        check_equal([digest for digest, _ in found])
+        place, prepared, transport, todo = begun
         model, plan = prepared.model, prepared.plan
+        tensors = _tensors_of(model, plan)
+        memory: dict[str, torch.Tensor] = {}
 
-        def allocate() -> tuple[dict[str, torch.Tensor], object]:
-            memory = {
-                name: memory_for(tensor, place) if tensor.is_meta else tensor.detach()
-                for name, tensor in tensors.items()
-            }
-            return memory, transport.offer(todo, todo.share(ranks), memory)
+        def allocate() -> object:
+            for name, tensor in tensors.items():
+                memory[name] = memory_for(tensor, place) if tensor.is_meta else tensor.detach()
+            return transport.offer(todo, todo.share(ranks), memory)
 
         def execute() -> Moved:
+            if not memory:
+                allocate()
             started = time.perf_counter()
             moved = _execute(todo, todo.share(ranks), transport, memory, progress)
             lasted["move"] = time.perf_counter() - started
             return moved
 
-        tensors = _tensors_of(model, plan)
-        (memory, _), offers = all_well(allocate, lambda done: done[1], group)
-        transport.settle(offers)
+        if any(wants for _, wants in found):  # where nobody does, one exchange of verdicts less
+            transport.settle(all_well(allocate, lambda offer: offer, group)[1])
+        else:
+            transport.settle(())
         try:
             moved = agreed(execute, _no_facts, group)
         except BaseException as error:
             _origins.pop(model, None)
+            # Another rank may have failed before this one has begun to write; that is not known.
             if any(not tensor.is_meta for tensor in tensors.values()):
                 refuse_forward(model, str(error) or type(error).__name__)
             raise
@@ -274,9 +287,14 @@ def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
 
 
-def _digest(begun: tuple[torch.device, Prepared, Transport, Plan]) -> str:
-    """What has to be equal on all ranks before any of them writes."""
-    return begun[1].plan.digest
+def _facts(
+    group: ProcessGroup | None, begun: tuple[torch.device, Prepared, Transport, Plan]
+) -> tuple[str, bool]:
+    """What has to be equal on all ranks before any of them writes; whether this one would exchange
+    bytes with the others.
+    """
+    _, prepared, transport, todo = begun
+    return ("", False) if group is None else (prepared.plan.digest, transport.wants(todo))
 
 
 def _no_facts(_done: object) -> None:
@@ -312,13 +330,18 @@ def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessG
     where facts of the results differ.
     """
     result, found = all_well(work, facts, group)
+    check_equal(found)
+    return result
+
+
+def check_equal(found: Sequence[Any]) -> None:
+    """Raises a RankError where ranks found different facts."""
     for rank, other in enumerate(found):
         if other != found[0]:
             raise RankError(
                 f"ranks 0 and {rank} made different plans: they see different checkpoints or "
                 "models, needs the same on every rank"
             )
-    return result
 
 
 def all_well(

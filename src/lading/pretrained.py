@@ -31,6 +31,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     straddle: str = "duplicate",
     limits: Limits | None = None,
+    exchange: bool | None = None,
     progress: Progress | None = None,
 ) -> models.CausalLM:
     """A ready model of this rank from a Hugging Face checkpoint folder.
@@ -59,6 +60,7 @@ def from_pretrained(
         dtype=dtype,
         straddle=straddle,
         limits=limits,
+        exchange=exchange,
         progress=progress,
     )
     vars(model)["load_report"] = report
@@ -74,6 +76,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     straddle: str = "duplicate",
     limits: Limits | None = None,
+    exchange: bool | None = None,
     progress: Progress | None = None,
 ) -> tuple[models.CausalLM, LoadReport]:
     """`from_pretrained` for a known rank, with the report of what was done."""
@@ -83,6 +86,7 @@ def load_pretrained(
         group=group,
         device=device,
         limits=limits,
+        exchange=exchange,
         progress=progress,
     )
     assert isinstance(model, models.CausalLM), "prepare_pretrained builds a CausalLM"

@@ -144,7 +144,7 @@ def test_verify_that_fails(folder: str, monkeypatch: pytest.MonkeyPatch, as_json
     def wrong(*_args: Any, **_named: Any) -> DigestCheck:
         return DigestCheck(tp_rank=0, num_regions=4, num_bytes=8, mismatches=(mismatch,))
 
-    monkeypatch.setattr("lading.model_digests.check_digests", wrong)
+    monkeypatch.setattr("lading.digesting.models.check_digests", wrong)
     options = ["--no-logits", "--digest", "--device", "cpu", *(["--json"] if as_json else [])]
     result = run("verify", folder, *options)
     assert result.exit_code == 1

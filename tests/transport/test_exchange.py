@@ -353,8 +353,7 @@ def verb(ranks: Ranks, folder: str, how: str, *, live: bool) -> dict[str, Any]:
     path = Path(folder)
     patch = pytest.MonkeyPatch()  # of a process that ends soon
     patch.setattr(moving, "Engine", partial(Engine, gap_bytes=0))
-    options: dict[str, Any] = {"exchange": True, "sharing": SHARING}
-    patch.setattr(loading, "Transport", partial(Transport, **options))
+    patch.setattr(loading, "Transport", partial(Transport, sharing=SHARING))
     model: nn.Module = on_meta(ranks, kv_heads=2, dtype=torch.float64)
     if live:
         model = Block(ranks, kv_heads=2, dtype=torch.float64)
@@ -364,7 +363,13 @@ def verb(ranks: Ranks, folder: str, how: str, *, live: bool) -> dict[str, Any]:
     try:
         limits = Limits(device_bytes=4 * 2048, num_threads=1)
         report = lading.load(
-            model, path, ranks=ranks, device="cpu", limits=limits, progress=progress
+            model,
+            path,
+            ranks=ranks,
+            device="cpu",
+            limits=limits,
+            exchange=True,
+            progress=progress,
         )
         found["report"] = (report.read_bytes, report.exchanged_bytes, report.excess_bytes)
     except LadingError as error:

@@ -226,6 +226,7 @@ class _Bench:
             group=self.group,
             device=self.place,
             limits=None,
+            exchange=None,
             progress=None,
         )
         seconds = self._until_all(began)

@@ -1,1 +1,1 @@
-"""The verb `digest`, of folders and of live models (not named so: `lading.digest` is the function)."""
+"""The verb `digest`, of folders and of live models (`lading.digest` is the function)."""

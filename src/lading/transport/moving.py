@@ -1,9 +1,9 @@
 """`Transport`: one rank's share of a plan, from files into parameters, each byte moved once.
 
 A copy takes one of two ways. *Straight*: both ends are boxes of row-major memory of one dtype, so
-it is a few jobs of the engine, whose threads read the file's bytes right into the parameter, or, for
-a GPU, into page-locked buffers and on from there. *By value*: the bytes pass through memory in which
-torch can cast or permute them, a bounded piece at a time.
+it is a few jobs of the engine, whose threads read the file's bytes right into the parameter, or,
+for a GPU, into page-locked buffers and on from there. *By value*: the bytes pass through memory in
+which torch can cast or permute them, a bounded piece at a time.
 
 How a file is read follows from where its bytes are. In the page cache: through it. Not there, on a
 disk of this machine: past it (O_DIRECT), by more threads; but what several ranks of one host need
@@ -45,7 +45,7 @@ from lading.transport.host import (
 )
 from lading.transport.jobs import JobList, Jobs, Piece, common_runs
 from lading.transport.residency import HugePages
-from lading.transport.rounds import Sharing
+from lading.transport.rounds import AUTOMATIC, Sharing, is_worth
 from lading.transport.sorting import Opened, Sorting, Straight
 
 if TYPE_CHECKING:
@@ -111,11 +111,12 @@ class Transport:
     direct      reads past the page cache: None = where the file is cold; for tests, or where it
                 is known
     group       the ranks of the plan, which then may read for one another
-    exchange    whether they do. None: yes with NCCL where all ranks are on this host, as NVLink
-                carries several times what the bus to the host does; no with gloo, as its sockets
-                carry less than the page cache gives each rank, and a cold file is read from the
-                disk once anyway. True: also with gloo, and between hosts
-    sharing     which tensors are worth it
+    exchange    whether they do. None: with NCCL where all ranks are on this host, and enough bytes
+                are kept by several ranks or lie in runs so short that reading them costs more
+                (`rounds.AUTOMATIC`); never with gloo, as its sockets carry less than the page
+                cache gives each rank, and a cold file is read from the disk once anyway. True:
+                also with gloo, and between hosts
+    sharing     which tensors take part; None = what `exchange` says
     """
 
     reader: Reader
@@ -128,13 +129,24 @@ class Transport:
     gpus: Gpus | None = None
     group: ProcessGroup | None = None
     exchange: bool | None = None
-    sharing: Sharing = field(default_factory=Sharing)
+    sharing: Sharing | None = None
     _exchange: Exchange | None = None
     _is_settled: bool = False
 
     def compare(self, plan: Plan, share: Share) -> None:
         """All that can be found wrong before anything is written: files, constants, tied twins."""
         self._host().compare(plan, share)
+
+    def wants(self, plan: Plan) -> bool:
+        """Whether bytes would be exchanged, from plan facts alone; if so, call `offer`."""
+        group = self.group if self.reader.files is not None else None
+        if group is None or self.exchange is False:
+            return False
+        if self.exchange is None and not (
+            self.num_local == plan.tp_size and ranks_module.carries(group, "cuda")
+        ):
+            return False
+        return bool(self.exchange) or is_worth(plan)
 
     def offer(self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor]) -> object:
         """Plans what this rank exchanges with the others, and takes the memory for it.
@@ -143,15 +155,13 @@ class Transport:
         or no memory for it.
         """
         self._exchange = None
-        group = self.group if self.reader.files is not None else None
-        wanted = self.exchange
-        if wanted is None and group is not None:
-            wanted = self.num_local == plan.tp_size and ranks_module.carries(group, "cuda")
-        if group is not None and wanted:
+        group = self.group
+        if group is not None and self.wants(plan):
             limit = self.limits.device_bytes
+            sharing = self.sharing or (Sharing() if self.exchange else AUTOMATIC)
             with suppress(torch.cuda.OutOfMemoryError):  # a load does without rather than fail
                 self._exchange = plan_exchange(
-                    plan, share, tensors, group, sharing=self.sharing, device_bytes=limit
+                    plan, share, tensors, group, sharing=sharing, device_bytes=limit
                 )
         offer = self._exchange.offer if self._exchange is not None else None
         return offer[:2] if offer is not None and self.exchange else offer
@@ -396,7 +406,7 @@ class Transport:
 
 @dataclass(slots=True)
 class _Landed:
-    """A box of a copy, `inner` in its own coordinates; its bytes are packed in `room` from `at` on."""
+    """A box of a copy, `inner` in its own coordinates; its bytes are in `room` from `at` on."""
 
     copy: Copy
     inner: Region

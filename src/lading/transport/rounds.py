@@ -51,6 +51,15 @@ class Sharing:
     share_bytes: int = 2**20
 
 
+AUTOMATIC = Sharing(run_bytes=2 * 2**10)
+"""Where nobody has asked for it: of longer runs the engine's strided reads cost as much as dense
+ones, and an exchange, for which it drains, costs more (benchmarks/README.md).
+"""
+
+LEAST_BYTES = 256 * 2**20
+"""Of all that is exchanged, where nobody has asked for it: less does not pay."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """What one rank needs of one band, for one of the tensor's bindings.
@@ -192,6 +201,12 @@ class Rounds:
     packed_bytes: int = 0
     landed_bytes: int = 0
     digest: str = ""
+
+
+def is_worth(plan: Plan) -> bool:
+    """Whether ranks should exchange where nobody has asked for it; from plan facts only."""
+    shared = _Finder(plan, lambda _: True, AUTOMATIC).shared()
+    return sum((one.kind.hi - one.kind.lo) * one.kind.row_bytes for one in shared) >= LEAST_BYTES
 
 
 def plan_rounds(
