@@ -375,10 +375,8 @@ static void read_units(worker_t *w) {
         w->bounce = NULL;
     if (!w->iov || !w->gap || (!r->cuda && !w->bounce))
         fail(r, (fault_t){NO_MEMORY, ENOMEM, 0, 0, 0, 0});
-    int64_t mine = w - r->workers - 1;
     while (!atomic_load(&r->stop)) {
-        int64_t at = getenv("LADING_STATIC") && r->cuda ? mine : atomic_fetch_add(&r->next, 1);
-        mine += r->threads;
+        int64_t at = atomic_fetch_add(&r->next, 1);
         if (at >= r->num_units || (r->cuda ? cuda_unit(w, at) : host_unit(w, &r->units[at])))
             break;
         if (!r->cuda)
