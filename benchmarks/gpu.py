@@ -279,8 +279,8 @@ def main() -> None:
     say(
         bench,
         f"over the bus / shard bytes {report.stats.moved_bytes / shard:.4f}, exchanged "
-        f"{report.exchanged_bytes}, page-locked {report.pinned_bytes}, plan {report.plan_seconds:.3f}"
-        f" s, move {report.move_seconds:.3f} s",
+        f"{report.exchanged_bytes}, page-locked {report.pinned_bytes}, "
+        f"plan {report.plan_seconds:.3f} s, move {report.move_seconds:.3f} s",
     )
     dist.destroy_process_group()
 

@@ -21,8 +21,8 @@ from torch import nn
 
 from lading import models, reshard
 from lading import ranks as ranks_module
-from lading.loading import state_of
 from lading.ranks import Ranks
+from lading.targeting import state_of
 from lading.writing import view_of
 
 VOCABULARY = 32_000

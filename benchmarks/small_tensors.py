@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lading
-from lading.loading import names_of, targets_of
 from lading.plan import make_plan
 from lading.ranks import Ranks
+from lading.targeting import names_of, targets_of
 from lading.transport import Transport
 
 PER_MODULE = 100

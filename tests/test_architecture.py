@@ -23,7 +23,7 @@ ROOMS = (
     # parameters, layers, the verbs
     *("writing", "owners", "ledger", "parameter", "schemes", "nn", "transport"),
     *("models", "preflight", "explaining", "gguf"),
-    *("loading", "pretrained", "decoding"),
+    *("verdicts", "targeting", "placing", "loading", "pretrained", "decoding"),
     *("exports", "digesting", "resharding", "sharding", "update", "engines"),
     # processes, checks, eyes
     *("progress", "launch", "verify", "benching", "report", "draw", "demo"),
@@ -66,6 +66,9 @@ WITHOUT_TORCH = [
 ]
 
 UNTESTED = {
+    "placing": "by those of loading, of which it is a part",
+    "targeting": "by those of loading, of which it is a part",
+    "verdicts": "by those of loading and of the faults of real ranks",
     "binding": "by those of plan, of which it is a part",
     "resharding.carrying": "by those of resharding.verb, of which it is a part",
     "cli.running": "by those of the CLI, whose commands share it",

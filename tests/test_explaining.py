@@ -21,11 +21,11 @@ from lading.checkpoint import Checkpoint, Source
 from lading.errors import CallError
 from lading.explaining import Explanation, Kind, explain, explain_byte
 from lading.layouts import Axis, Cut, Layout, Part
-from lading.loading import state_of
 from lading.plan import Plan, Skipped, Target, Tie, make_plan
 from lading.preflight import preflight
 from lading.pretrained import load_pretrained
 from lading.ranks import Ranks, all_ranks
+from lading.targeting import state_of
 
 from .schemes.checkpoints import GPTQ_CONFIG, MODEL, Tensors, gptq, model_tensors
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lading
-from lading import loading
+from lading import targeting
 from lading.errors import (
     CallError,
     ConflictError,
@@ -24,7 +24,7 @@ from lading.errors import (
     PlanError,
 )
 from lading.layouts import Layout
-from lading.loading import LoadReport, place_of
+from lading.loading import LoadReport
 from lading.names import Names
 from lading.nn import (
     ColumnParallelLinear,
@@ -34,6 +34,7 @@ from lading.nn import (
     check_loaded,
 )
 from lading.parameter import BasevLLMParameter, ModelWeightParameter
+from lading.placing import place_of
 from lading.ranks import Ranks, all_ranks
 from lading.transport import Limits
 from lading.writing import same_bits
@@ -623,7 +624,7 @@ def test_cuda_is_this_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_targets_are_what_the_layers_declare() -> None:
-    targets = {target.name: target for target in loading.targets_of(meta(), RANK)}
+    targets = {target.name: target for target in targeting.targets_of(meta(), RANK)}
     assert set(targets) == set(expected())
     for name, tensor in meta().state_dict(keep_vars=True).items():
         if isinstance(tensor, BasevLLMParameter):

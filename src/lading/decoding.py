@@ -20,7 +20,7 @@ from lading.checkpoint import FileWriter, check_output, encode_header
 from lading.errors import CallError
 from lading.gguf import gguf_file, gguf_weights
 from lading.layouts import Layout, PartName
-from lading.loading import PathLike, agreed
+from lading.loading import PathLike
 from lading.names import Names
 from lading.nn import ParallelLayer
 from lading.pretrained import load_pretrained
@@ -29,6 +29,7 @@ from lading.regions import Region
 from lading.schemes import quantization_of
 from lading.shards.folder import open_any
 from lading.specs import dense_specs
+from lading.verdicts import agreed
 
 if TYPE_CHECKING:
     from torch import nn

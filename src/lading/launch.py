@@ -299,7 +299,7 @@ def device_of(ranks: Ranks, device: str | None) -> str:
     """
     import torch
 
-    from lading.loading import default_device
+    from lading.placing import default_device
 
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.tp_size))
     num_gpus = torch.cuda.device_count() if device != "cpu" else 0

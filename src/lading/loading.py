@@ -14,40 +14,33 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
-from lading import dtypes, owners
+from lading import owners
 from lading import ranks as ranks_module
 from lading.checkpoint import Checkpoint
 from lading.collecting import uncollected
-from lading.errors import (
-    CallError,
-    DeclarationError,
-    LadingError,
-    PlanError,
-    RankError,
-)
-from lading.layouts import Axis, Cut, Layout
 from lading.names import Names
-from lading.nn.base import ParallelLayer, allow_forward, like, refuse_forward
-from lading.parameter import BasevLLMParameter, PerTensorScaleParameter
-from lading.plan import Plan, Share, Target, make_plan
+from lading.nn.base import allow_forward, refuse_forward
+from lading.placing import install, memory_for, place_of
+from lading.plan import Plan, Share, make_plan
 from lading.ranks import Ranks
-from lading.regions import Region
 from lading.shards.folder import open_any, reading
+from lading.targeting import check_built_for, names_of, ranks_of, targets_of, tensors_of
 from lading.transport import Limits, Moved, Stats, Transport, gpus_for
+from lading.verdicts import agreed, all_well, check_equal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LoadReport", "Origin", "Progress", "load", "names_of", "origin_of", "targets_of"]
+__all__ = ["LoadReport", "Origin", "Progress", "load", "origin_of"]
 
 PathLike = str | os.PathLike[str]
 
@@ -172,7 +165,7 @@ def load(
     def prepare() -> Prepared:
         checkpoint = path if isinstance(path, Checkpoint) else open_any(path)
         owners.name_parameters(model)
-        _check_built_for(model, ranks)
+        check_built_for(model, ranks)
         plan = make_plan(
             targets_of(model, ranks),
             checkpoint.tensors,
@@ -238,7 +231,7 @@ def run_load(
         check_equal([digest for digest, _ in found])
         place, prepared, transport, todo = begun
         model, plan = prepared.model, prepared.plan
-        tensors = _tensors_of(model, plan)
+        tensors = tensors_of(model, plan)
         memory: dict[str, torch.Tensor] = {}
 
         def allocate() -> object:
@@ -279,14 +272,6 @@ def run_load(
     )
 
 
-def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
-    """Memory of a meta tensor's shape and strides.
-
-    Not `empty_like`: of a meta tensor that imports sympy, a second or two in a new process.
-    """
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
-
-
 def _facts(
     group: ProcessGroup | None, begun: tuple[torch.device, Prepared, Transport, Plan]
 ) -> tuple[str, bool]:
@@ -323,272 +308,6 @@ def _execute(
 
 def _ignore(_num_bytes: int) -> None:
     return None
-
-
-def agreed(work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessGroup | None) -> Any:
-    """This rank's result once every rank has one; the same error on every rank otherwise, also
-    where facts of the results differ.
-    """
-    result, found = all_well(work, facts, group)
-    check_equal(found)
-    return result
-
-
-def check_equal(found: Sequence[Any]) -> None:
-    """Raises a RankError where ranks found different facts."""
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise RankError(
-                f"ranks 0 and {rank} made different plans: they see different checkpoints or "
-                "models, needs the same on every rank"
-            )
-
-
-def all_well(
-    work: Callable[[], Any], facts: Callable[[Any], Any], group: ProcessGroup | None
-) -> tuple[Any, list[Any]]:
-    """This rank's result and every rank's facts, once every rank has a result; the same error on
-    every rank otherwise.
-    """
-    result: Any = None
-    error: LadingError | None = None
-    try:
-        result = work()
-    except LadingError as found:
-        error = found
-    except (
-        Exception
-    ) as found:  # whatever it is: a rank that raised alone would leave the others waiting
-        if group is None:
-            raise
-        error = RankError(f"{type(found).__name__}: {found}")
-        error.__cause__ = found
-    verdicts = ranks_module.exchange((error, None if error else facts(result)), group)
-    failed = [(rank, verdict) for rank, (verdict, _) in enumerate(verdicts) if verdict is not None]
-    if failed:
-        rank, first = failed[0]
-        if error is not None and str(error) == str(first):
-            first = error  # keeps this rank's own traceback
-        if len(failed) < len(verdicts) and len(verdicts) > 1:
-            first.rank = rank
-        raise first
-    return result, [found for _, found in verdicts]
-
-
-def place_of(device: torch.device | str | None, ranks: Ranks) -> torch.device:
-    """The device of parameters on meta; "cuda" without a number is this rank's GPU.
-
-    Raises a CallError for a device that torch does not know, or that has no memory.
-    """
-    if device is None:
-        return default_device(ranks)
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        words = str(error).partition("\n")[0]
-        raise CallError(
-            f"is {device!r}, needs a device of torch ({words})", subject="device"
-        ) from None
-    if place.type == "meta":
-        raise CallError("is meta, needs one that has memory", subject="device")
-    if place.type != "cuda":
-        return place
-    if not torch.cuda.is_available():
-        raise CallError(f"is {str(place)!r}, but this process sees no GPU", subject="device")
-    return default_device(ranks) if place.index is None else place
-
-
-def default_device(ranks: Ranks) -> torch.device:
-    """This rank's GPU (LOCAL_RANK, else the TP rank, modulo the GPUs), or the CPU where there is
-    none.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", ranks.tp_rank))
-    return torch.device("cuda", local % torch.cuda.device_count())
-
-
-def names_of(model: nn.Module) -> Names:
-    """The usual naming rules with the model's own `packed_modules_mapping`, where it declares
-    one.
-    """
-    for scope in (vars(model), *(vars(cls) for cls in type(model).__mro__)):
-        if isinstance(scope.get("names"), Names):
-            return scope["names"]  # type: ignore[no-any-return]
-        mapping = scope.get("packed_modules_mapping")
-        if isinstance(mapping, Mapping):
-            return Names.of(mapping)
-    return Names()
-
-
-def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
-    """What a load has to fill: every parameter and persistent buffer, tied ones once.
-
-    Raises a PlanError where a parameter does not say how it is cut, or was built for other ranks.
-    """
-    problems: list[LadingError] = []
-    named: dict[int, list[str]] = {}
-    tensors: dict[int, torch.Tensor] = {}
-    for name, tensor in state_of(model):
-        named.setdefault(id(tensor), []).append(name)
-        tensors[id(tensor)] = tensor
-    layers = [(p, m) for p, m in model.named_modules() if isinstance(m, ParallelLayer)]
-    uncut = {id(param) for _, m in layers if m.disable_tp for param in m.parameters()}
-    targets = []
-    for key, (name, *aliases) in named.items():
-        try:
-            layout = _layout_of(tensors[key], ranks, whole=key in uncut)
-            dtype = dtypes.from_torch(tensors[key].dtype)
-        except LadingError as error:
-            problems.append(error.located(subject=name))
-            continue
-        except LookupError as error:
-            problems.append(DeclarationError(str(error), subject=name))
-            continue
-        targets.append(
-            Target(
-                name=name,
-                layout=layout,
-                dtype=dtype,
-                aliases=tuple(aliases),
-                **_stored_as(tensors[key]),
-            )
-        )
-    for prefix, layer in layers:
-        for target in layer.expected_targets(prefix):
-            if layer.disable_tp:
-                target = replace(target, layout=_uncut(target.layout, ranks.tp_size))
-            targets.append(target)
-    if problems:
-        raise PlanError(problems, what="the model")
-    return tuple(targets)
-
-
-def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    found: list[tuple[str, torch.Tensor]] = list(model.named_parameters(remove_duplicate=False))
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.append((f"{prefix}.{name}" if prefix else name, buffer))
-    return found
-
-
-def _stored_as(tensor: torch.Tensor) -> dict[str, Any]:
-    """How a parameter's tensor is called and shaped in the file, where that is not the usual."""
-    if not isinstance(tensor, BasevLLMParameter):
-        return {}
-    return {"leaf": tensor.stored_leaf, "stored": tensor.stored_shape}
-
-
-def _uncut(layout: Layout, tp_size: int) -> Layout:
-    """A layout of one rank as that of T ranks which all keep everything."""
-
-    def whole(axis: Axis) -> Axis:
-        return replace(axis, parts=tuple(replace(part, max_pieces=1) for part in axis.parts))
-
-    cuts: tuple[Cut, ...] = tuple(replace(cut, axis=whole(cut.axis)) for cut in layout.cuts)
-    return replace(layout, cuts=cuts, tp_size=tp_size)
-
-
-def _layout_of(tensor: torch.Tensor, ranks: Ranks, *, whole: bool) -> Layout:
-    """The declared layout, or replicated for tensors that no rank cuts.
-
-    whole   the parameter's layer does without tensor parallelism
-    """
-    shape = tuple(tensor.shape)
-    if not isinstance(tensor, BasevLLMParameter):
-        return Layout.replicated(shape, ranks.tp_size)
-    layout = tensor.tp_layout
-    if layout is None:
-        cut_by_none = type(tensor) in (BasevLLMParameter, PerTensorScaleParameter)
-        if ranks.tp_size == 1 or whole or cut_by_none:
-            return Layout.replicated(shape, ranks.tp_size)
-        raise DeclarationError(
-            f"{type(tensor).__name__} does not say how it is cut over {ranks.tp_size} ranks, needs "
-            "a layout",
-            hint="build it with a layer of lading.nn, or set its tp_layout",
-        )
-    if whole:
-        layout = _uncut(layout, ranks.tp_size)
-    if layout.tp_size != ranks.tp_size:
-        raise DeclarationError(
-            f"was built for {layout.tp_size} ranks, needs {ranks.tp_size} (the load's tp_size)"
-        )
-    if layout.local_shape != shape:
-        raise DeclarationError(
-            f"has shape {list(shape)}, needs {list(layout.local_shape)} (its own layout's)"
-        )
-    return layout
-
-
-def _check_built_for(model: nn.Module, ranks: Ranks) -> None:
-    """Raises a CallError where the model's forward pass takes itself for another rank."""
-    for layer in model.modules():
-        if not isinstance(layer, ParallelLayer) or layer.tp_size != ranks.tp_size:
-            continue  # another tp_size is every parameter's problem
-        if layer.tp_rank != ranks.tp_rank:
-            raise CallError(
-                f"was built for {layer.ranks}, needs {ranks} (the load's)",
-                subject=type(model).__name__,
-            )
-
-
-def ranks_of(model: nn.Module) -> Ranks:
-    """The rank that the model's layers were built for; the current one where they do not say."""
-    found = {m.ranks for m in model.modules() if isinstance(m, ParallelLayer) and m.tp_size > 1}
-    if len(found) > 1:
-        raise CallError(
-            f"has layers built for {' and '.join(sorted(map(str, found)))}, needs one rank",
-            subject=type(model).__name__,
-        )
-    return found.pop() if found else ranks_module.current()
-
-
-def _tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    state = dict(state_of(model))
-    return {target.name: state[target.name] for target in plan.targets if target.expected is None}
-
-
-def install(model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor]) -> None:
-    """Gives parameters on meta their memory, keeping each object, and notes everything as
-    loaded.
-    """
-    tensors = _tensors_of(model, plan)
-    if any(tensor.is_meta for tensor in tensors.values()):
-        for name, tensor in tensors.items():
-            if tensor.is_meta:
-                _materialise(model, name, tensor, memory[name])
-        tensors = _tensors_of(model, plan)
-    for tensor in tensors.values():
-        if isinstance(tensor, BasevLLMParameter):
-            tensor._ledger.start()
-            tensor._ledger.note(tensor, Region.whole(tensor.shape))
-            if tensor.stored_order:
-                tensor.stored_order = ()  # the file had its dims in the order that they have now
-
-
-def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Tensor) -> None:
-    """Swaps the memory in, so that every holder of the parameter sees it loaded.
-
-    Tensors with weak references cannot be swapped (torch.utils.swap_tensors): there the model gets
-    a new object of the same class under each of the parameter's names.
-    """
-    new: torch.Tensor
-    if isinstance(old, BasevLLMParameter):
-        new = like(old, data)
-    else:
-        new = data
-        if isinstance(old, nn.Parameter):  # of any class
-            new = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
-        vars(new).update(vars(old))
-    try:
-        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
-    except RuntimeError:
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for key, held in table.items():
-                    if held is old:
-                        table[key] = new  # type: ignore[assignment]
 
 
 def _report(plan: Plan, ranks: Ranks, moved: Moved, seconds: float) -> LoadReport:

@@ -255,7 +255,7 @@ def verify(
     Raises a VerifyError where there is nothing to compare a parameter with, or shapes differ.
     Elements that differ are counted and returned; `.error()` of the result makes an error of them.
     """
-    from lading.loading import names_of
+    from lading.targeting import names_of
 
     checkpoint = open_checkpoint(path)
     rules = (names or names_of(model)).fitting(checkpoint.tensors)

@@ -17,7 +17,7 @@ import lading
 from lading import launch, models, writing
 from lading import ranks as ranks_module
 from lading.errors import CallError, LadingError, NotLoadedError, PlanError
-from lading.loading import origin_of, state_of
+from lading.loading import origin_of
 from lading.nn import ParallelLayer, check_loaded
 from lading.parameter import BasevLLMParameter, permute_param_layout_
 from lading.plan import Plan
@@ -25,6 +25,7 @@ from lading.pretrained import load_pretrained, prepare_pretrained
 from lading.ranks import Ranks
 from lading.regions import Region
 from lading.resharding.verb import ReshardReport, reshard
+from lading.targeting import state_of
 
 from ..schemes.checkpoints import GPTQ_CONFIG, MODEL, Tensors, gptq, model_tensors
 

@@ -27,13 +27,15 @@ from lading.digests.sums import Sums, sums_of
 from lading.errors import CallError, LadingError, PlanError, VerifyError
 from lading.exports.live import Live, blocks, live_parameters
 from lading.layouts import PartName
-from lading.loading import Progress, agreed, names_of, origin_of, ranks_of
+from lading.loading import Progress, origin_of
 from lading.names import Names
 from lading.plan import Plan, make_plan, prove_bindings
 from lading.ranks import Ranks, all_ranks
 from lading.regions import Copy, Region
 from lading.routes import holdings, pieces
 from lading.shards.folder import open_any
+from lading.targeting import names_of, ranks_of
+from lading.verdicts import agreed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

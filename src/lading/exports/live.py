@@ -16,13 +16,13 @@ from torch import nn
 
 from lading import dtypes, writing
 from lading.errors import DeclarationError, DtypeError, LadingError, PlanError
-from lading.loading import state_of, targets_of
 from lading.nn import ParallelLayer
 from lading.nn.base import LoadableModule, check_usable
 from lading.parameter import BasevLLMParameter
 from lading.plan import Target
 from lading.ranks import Ranks
 from lading.regions import Copy, Ints, Region, reordered
+from lading.targeting import state_of, targets_of
 
 __all__ = ["Live", "blocks", "boxes", "bytes_of", "has_bits", "live_parameters", "stored_form"]
 

@@ -33,13 +33,14 @@ from lading.checkpoint.files import file_size
 from lading.checkpoint.outline import json_bytes
 from lading.errors import CallError, DeclarationError, LadingError, MissingTensorError, PlanError
 from lading.exports.live import Live
-from lading.loading import Origin, PathLike, names_of
+from lading.loading import Origin, PathLike
 from lading.names import Names
 from lading.plan import Check, Plan, make_plan, prove_bindings
 from lading.ranks import Ranks, all_ranks
 from lading.regions import Copy
 from lading.routes import pieces
 from lading.shards.folder import Sharded, open_any
+from lading.targeting import names_of
 
 __all__ = ["ExportPlan", "Other", "plan_export", "plan_from_names", "stored_parts"]
 

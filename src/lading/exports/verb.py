@@ -28,8 +28,10 @@ from lading.exports.filling import Filling
 from lading.exports.live import Live, live_parameters
 from lading.exports.plan import ExportPlan, plan_export
 from lading.exports.replicas import Digests, check_replicas, digests_of, has_padding_values
-from lading.loading import PathLike, Progress, agreed, origin_of, ranks_of
+from lading.loading import PathLike, Progress, origin_of
 from lading.ranks import Ranks
+from lading.targeting import ranks_of
+from lading.verdicts import agreed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lading import loading, writing
+from lading import placing, targeting, writing
 from lading import ranks as ranks_module
 from lading.exports.live import Live
 from lading.messages import Exchange, Packed, Schedule
@@ -68,12 +68,12 @@ class Carrier:
     def allocate(self, device: torch.device | str | None) -> None:
         """Memory for parameters on meta and for messages."""
         if self.target is not None and self.model is not None:
-            state = dict(loading.state_of(self.model))
+            state = dict(targeting.state_of(self.model))
             for name, tensor in self.target.tensors.items():
                 own = state[name]
                 if own.is_meta:
-                    place = loading.place_of(device, self.place)
-                    own = loading.memory_for(own, place)
+                    place = placing.place_of(device, self.place)
+                    own = placing.memory_for(own, place)
                 self._memory[name] = own.detach()
                 order = _order(state[name])
                 back = tuple(order.index(dim) for dim in range(len(order)))
@@ -152,9 +152,9 @@ class Carrier:
 
     def install(self, model: nn.Module) -> None:
         """Gives parameters on meta their memory; each is as if it had just been loaded."""
-        orders = {name: _order(tensor) for name, tensor in loading.state_of(model)}
-        loading.install(model, self.after, self._memory)
-        for name, tensor in loading.state_of(model):
+        orders = {name: _order(tensor) for name, tensor in targeting.state_of(model)}
+        placing.install(model, self.after, self._memory)
+        for name, tensor in targeting.state_of(model):
             if isinstance(tensor, BasevLLMParameter):
                 tensor.stored_order = orders[name]
 

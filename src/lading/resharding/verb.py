@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lading import loading, messages, owners
+from lading import loading, messages, owners, placing
 from lading import ranks as ranks_module
 from lading.binding import Target, Tie
 from lading.errors import CallError, DeclarationError, LadingError, PlanError
 from lading.exports.live import Live, live_parameters, stored_form
 from lading.exports.plan import plan_from_names, stored_parts
-from lading.loading import Origin, agreed, names_of
+from lading.loading import Origin
 from lading.names import Names
 from lading.nn import ParallelLayer
 from lading.nn.base import allow_forward, refuse_forward
@@ -33,6 +33,8 @@ from lading.plan import Plan, prove_bindings
 from lading.ranks import Ranks, all_ranks
 from lading.resharding.carrying import Carrier
 from lading.routes import routes
+from lading.targeting import names_of
+from lading.verdicts import agreed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -141,7 +143,7 @@ def reshard(
         if buffer_bytes < 1:
             raise CallError(f"is {buffer_bytes}, needs at least 1", subject="buffer_bytes")
         own = _look(source, target, source_ranks, target_ranks)
-        _choose_gpu(own, loading.place_of(device, place), place, group)
+        _choose_gpu(own, placing.place_of(device, place), place, group)
         return own
 
     with torch.inference_mode(False):
@@ -278,7 +280,7 @@ def _choose_gpu(own: _Own, default: torch.device, place: Ranks, group: ProcessGr
     tensors = [tensor for live in models for tensor in live.tensors.values()]
     found = next((tensor.device for tensor in tensors if tensor.is_cuda), default)
     if found.type != "cuda" and group is not None and not ranks_module.carries(group, "cpu"):
-        found = loading.default_device(place)
+        found = placing.default_device(place)
     if found.type == "cuda":
         torch.cuda.set_device(found)
 

@@ -1,0 +1,102 @@
+"""Where parameters lie: the device of a rank, memory for parameters on meta, and its hand-over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lading.errors import CallError
+from lading.nn.base import like
+from lading.parameter import BasevLLMParameter
+from lading.plan import Plan
+from lading.ranks import Ranks
+from lading.regions import Region
+from lading.targeting import tensors_of
+
+__all__ = ["default_device", "install", "memory_for", "place_of"]
+
+
+def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """Memory of a meta tensor's shape and strides.
+
+    Not `empty_like`: of a meta tensor that imports sympy, a second or two in a new process.
+    """
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=place)
+
+
+def place_of(device: torch.device | str | None, ranks: Ranks) -> torch.device:
+    """The device of parameters on meta; "cuda" without a number is this rank's GPU.
+
+    Raises a CallError for a device that torch does not know, or that has no memory.
+    """
+    if device is None:
+        return default_device(ranks)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        words = str(error).partition("\n")[0]
+        raise CallError(
+            f"is {device!r}, needs a device of torch ({words})", subject="device"
+        ) from None
+    if place.type == "meta":
+        raise CallError("is meta, needs one that has memory", subject="device")
+    if place.type != "cuda":
+        return place
+    if not torch.cuda.is_available():
+        raise CallError(f"is {str(place)!r}, but this process sees no GPU", subject="device")
+    return default_device(ranks) if place.index is None else place
+
+
+def default_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU (LOCAL_RANK, else the TP rank, modulo the GPUs), or the CPU where there is
+    none.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", ranks.tp_rank))
+    return torch.device("cuda", local % torch.cuda.device_count())
+
+
+def install(model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor]) -> None:
+    """Gives parameters on meta their memory, keeping each object, and notes everything as
+    loaded.
+    """
+    tensors = tensors_of(model, plan)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                _materialise(model, name, tensor, memory[name])
+        tensors = tensors_of(model, plan)
+    for tensor in tensors.values():
+        if isinstance(tensor, BasevLLMParameter):
+            tensor._ledger.start()
+            tensor._ledger.note(tensor, Region.whole(tensor.shape))
+            if tensor.stored_order:
+                tensor.stored_order = ()  # the file had its dims in the order that they have now
+
+
+def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Tensor) -> None:
+    """Swaps the memory in, so that every holder of the parameter sees it loaded.
+
+    Tensors with weak references cannot be swapped (torch.utils.swap_tensors): there the model gets
+    a new object of the same class under each of the parameter's names.
+    """
+    new: torch.Tensor
+    if isinstance(old, BasevLLMParameter):
+        new = like(old, data)
+    else:
+        new = data
+        if isinstance(old, nn.Parameter):  # of any class
+            new = torch.Tensor._make_subclass(type(old), data, old.requires_grad)
+        vars(new).update(vars(old))
+    try:
+        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for key, held in table.items():
+                    if held is old:
+                        table[key] = new  # type: ignore[assignment]
