@@ -232,9 +232,43 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     old_checkpoint(tmp_path / "out")
     inner = tmp_path / "out" / "source"
     inner.mkdir()
-    with pytest.raises(FileError, match=r"has the checkpoint .*source inside, needs another place"):
-        check_output_folder(tmp_path / "out", overwrite=True, inputs=[str(inner)])
-    check_output_folder(tmp_path / "out", overwrite=True, inputs=[str(tmp_path / "out")])
+    blobs = tmp_path / "blobs"
+    linked = tmp_path / "linked"
+    old_checkpoint(blobs)
+    linked.mkdir()
+    (linked / "model.safetensors").symlink_to(blobs / "model.safetensors")
+    (tmp_path / "alias").symlink_to(tmp_path / "out")
+    before = content(tmp_path)
+    for place, read, text in (
+        ("out", "out", "is the folder {}, which is read"),
+        ("out", "alias", "is the folder {}, which is read"),
+        ("alias", "out", "is the folder {}, which is read"),
+        ("out", "out/source", "has the folder {} inside, which is read"),
+        ("out", "alias/source", "has the folder {} inside, which is read"),
+        ("out/new", "out", "lies in the folder {}, which is read"),
+        ("out/source/new", "out", "lies in the folder {}, which is read"),
+        ("alias/new", "out", "lies in the folder {}, which is read"),
+        ("out", "out/model.safetensors", "holds model.safetensors, which is read"),
+        ("blobs", "linked", "holds model.safetensors, which is read as {}/model.safetensors"),
+        ("blobs", "linked/model.safetensors", "holds model.safetensors, which is read as {}"),
+    ):
+        for overwrite in (True, False):
+            with pytest.raises(FileError) as error:
+                inputs = [str(tmp_path / read)]
+                check_output_folder(tmp_path / place, overwrite=overwrite, inputs=inputs)
+            needed = f"{text.format(inputs[0])}, needs a place apart. Try: another folder."
+            assert str(error.value) == f"{tmp_path / place}: {needed}", (place, read)
+    assert content(tmp_path) == before
+
+
+def test_places_beside_what_is_read(tmp_path: Path) -> None:
+    old_checkpoint(tmp_path / "out")
+    old_checkpoint(tmp_path / "out2")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "out2" / "model.safetensors")
+    inputs = [str(tmp_path / name) for name in ("out2", "linked", "linked/model.safetensors", "no")]
+    check_output_folder(tmp_path / "out", overwrite=True, inputs=inputs)
+    check_output_folder(tmp_path / "new", inputs=inputs)
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:

@@ -228,13 +228,19 @@ def test_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_over_the_checkpoint_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"as_new": True}, {"source": "other"}], ids=str)
+def test_over_the_checkpoint_itself(options: dict[str, Any], tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint("llama", files=2), tmp_path / "model")
-    before = expected(folder)
+    (tmp_path / "link").symlink_to(folder)
+    if "source" in options:
+        options = {"source": shutil.copytree(folder, tmp_path / "other")}
+    before = files_of(folder)
     models = models_of(folder, 2)
-    export_all(models, folder, overwrite=True)
+    for place in ("model", "link", "link/new"):
+        with pytest.raises(FileError, match=r"which is read, needs a place apart. Try: another fo"):
+            export_all(models, tmp_path / place, overwrite=True, **options)
     assert files_of(folder) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"model", "link", "other"}
 
 
 # ---------------------------------------------------------------------------------- other sources

@@ -393,8 +393,25 @@ def test_an_output_that_is_there(tmp_path: Path) -> None:
     assert hashes(tmp_path / "out") == before
     shard(source, tp_size=4, out=tmp_path / "out", overwrite=True)
     assert len(list((tmp_path / "out").glob("model-rank-*"))) == 4
-    reshard_files(tmp_path / "out", tp_size=2, out=tmp_path / "out", overwrite=True)
+    shard(source, tp_size=2, out=tmp_path / "out", overwrite=True)
     assert hashes(tmp_path / "out") == before
+
+
+def test_an_output_that_is_read(tmp_path: Path) -> None:
+    source, sharded = made(tmp_path / "source"), tmp_path / "tp2"
+    shard(source, tp_size=2, out=sharded)
+    (tmp_path / "link").symlink_to(sharded)
+    before = [hashes(source), hashes(sharded)]
+    for place in (source, source / "new"):
+        with pytest.raises(FileError, match=r"is read, needs a place apart. Try: another folder"):
+            shard(source, tp_size=2, out=place, overwrite=True)
+    for place in (sharded, sharded / "new", tmp_path / "link"):
+        with pytest.raises(FileError, match=r"is read, needs a place apart. Try: another folder"):
+            reshard_files(sharded, tp_size=4, out=place, overwrite=True)
+        with pytest.raises(FileError, match=r"is read, needs a place apart. Try: another folder"):
+            merge(sharded, out=place, overwrite=True)
+    assert [hashes(source), hashes(sharded)] == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "tp2", "link"}
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05])

@@ -39,25 +39,70 @@ def check_output_folder(
     """Whether a folder can be made at `path` without harm: called before any work is done for it.
 
     overwrite      a folder of checkpoint files that is there may be replaced
-    inputs         folders that are read for it: replacing one of them is fine, but not what has
-                   one of them inside
+    inputs         folders and files that are read for it. None of these folders may be the place,
+                   have it inside or lie in it, and no file, links followed, may lie in it
     needed_bytes   what it will take
-    Raises FileError where its parent is missing, something else is there, or the disk is too small.
+    Raises FileError where its parent is missing, something else is there, the disk is too small, or
+    the place and the inputs are not apart.
     """
     name, full = os.fspath(path), os.path.realpath(path)
     parent = os.path.dirname(full)
     if not os.path.isdir(parent):
         raise FileError(f"cannot be written: there is no folder {parent}", subject=name)
+    for other in inputs:
+        _check_apart(name, full, os.fspath(other))
     _check_place(name, full, overwrite=overwrite)
-    for other in map(os.path.realpath, inputs):
-        if os.path.isdir(full) and other.startswith(full.rstrip(os.sep) + os.sep):
-            fact = f"has the checkpoint {other} inside, needs another place"
-            raise FileError(fact, subject=name)
     free = _free_bytes(parent)
     if free is not None and free < needed_bytes:
         raise FileError(
             f"needs {needed_bytes} bytes, its file system has {free} free", subject=name
         )
+
+
+def _check_apart(name: str, full: str, other: str) -> None:
+    """What is read outlives what is written: the place is not in, around or at an input."""
+    place, real = _identity(full), os.path.realpath(other)
+    found = None
+    if os.path.isdir(real):
+        source = _identity(real)
+        if source == place:
+            found = f"is the folder {other}, which is read"
+        elif source in _identities_above(full):
+            found = f"lies in the folder {other}, which is read"
+        elif place is not None and place in _identities_above(real):
+            found = f"has the folder {other} inside, which is read"
+        else:  # a cache's folder has links to files that are elsewhere
+            for link in _linked_files(real):
+                _check_apart(name, full, link)
+    elif place is not None and place in _identities_above(real):
+        found = f"holds {os.path.basename(real)}, which is read"
+        found += "" if real == os.path.abspath(other) else f" as {other}"
+    if found is not None:
+        raise FileError(f"{found}, needs a place apart", subject=name, hint="another folder")
+
+
+def _linked_files(folder: str) -> list[str]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return [entry.path for entry in entries if entry.is_symlink() and entry.is_file()]
+    return []
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What a folder is, under whatever name (mounts, letter case); None where nothing is."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _identities_above(path: str) -> set[tuple[int, int] | None]:
+    """Of the folders that have this path inside."""
+    found: set[tuple[int, int] | None] = set()
+    while (parent := os.path.dirname(path)) != path:
+        path = parent
+        found.add(_identity(path))
+    return found - {None}
 
 
 def _check_place(name: str, full: str, *, overwrite: bool) -> None:

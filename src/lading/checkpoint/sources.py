@@ -6,6 +6,7 @@ from the beginning of its file; offsets given to a reader count from the beginni
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -94,6 +95,12 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     format: Literal["safetensors", "torch"]
     served_by: Server | None = field(default=None, compare=False)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The folder, and the files in it that have tensors: what no verb may write over."""
+        files = () if self.served_by is not None else self.file_bytes
+        return self.folder, *(os.path.join(self.folder, *name.split("/")) for name in files)
 
     def reader(self) -> Reader:
         """A reader of the tensors' bytes: `with checkpoint.reader() as reader: ...`."""

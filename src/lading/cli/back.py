@@ -161,7 +161,7 @@ def export(
         from lading import launch, report
         from lading.checkpoint import check_output_folder
 
-        check_output_folder(out, overwrite=overwrite)
+        check_output_folder(out, overwrite=overwrite, inputs=[path])
         results = on_ranks(
             launch.export_rank,
             path,

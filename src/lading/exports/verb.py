@@ -118,7 +118,8 @@ def export(
     group      of all ranks; the default group where it is this rank's
     source     the checkpoint whose form the files take, where it is not the one loaded from
     as_new     takes nothing from any checkpoint: new names, new files, dtypes of the parameters
-    overwrite  a checkpoint that is at `path` is replaced, when the new one is complete
+    overwrite  a checkpoint that is at `path` is replaced, when the new one is complete; never the
+               one that the model was loaded from
     max_file_bytes   of one file, where no checkpoint says how tensors are split
     staging_bytes    of host memory that the copying takes, besides what the model has
     sync       wait until the disk has the bytes, so that also a power cut leaves all or nothing
@@ -226,7 +227,9 @@ def _prepare(model: nn.Module, lives: Mapping[Ranks, Live], options: Options) ->
         source=options.source,
         max_file_bytes=options.max_file_bytes,
     )
-    inputs = [plan.checkpoint.folder] if plan.checkpoint is not None else []
+    origin = origin_of(model)
+    read = [plan.checkpoint, None if origin is None else origin.checkpoint]
+    inputs = [path for checkpoint in read if checkpoint is not None for path in checkpoint.inputs]
     check_output_folder(
         options.path,
         overwrite=options.overwrite,

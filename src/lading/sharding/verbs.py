@@ -68,7 +68,8 @@ def shard(
     tp_size        T, the number of ranks
     out            a folder that is not there yet, or is empty
     straddle       "duplicate" or "refuse": for scale blocks that a cut goes through
-    overwrite      a checkpoint that is at `out` is replaced, when the new one is complete
+    overwrite      a checkpoint that is at `out` is replaced, when the new one is complete; never
+                   what is read
     memory_bytes   for what is on its way from file to file
     sync           wait until the disk has the bytes, so that also a power cut leaves all or nothing
 
@@ -98,7 +99,7 @@ def shard(
     )
     with checkpoint.reader() as reader:
         source = Files(sources=checkpoint.tensors, reader=reader)
-        job = Job(plan=plan, original=original, inputs=(checkpoint.folder,), options=options)
+        job = Job(plan=plan, original=original, inputs=checkpoint.inputs, options=options)
         return job.run(source, reader, checkpoint.tensors, None, outline.notes, began)
 
 
@@ -139,7 +140,7 @@ def reshard_files(
         job = Job(
             plan=plan,
             original=original,
-            inputs=(sharded.folder,),
+            inputs=sharded.inputs,
             options=options,
             digests=known,
         )
@@ -173,7 +174,7 @@ def merge(
     views = views_of([sharded.plan])
     with (
         sharded.open_files() as reader,
-        new_folder(options, (sharded.folder,), total, total) as (out_folder, mover),
+        new_folder(options, sharded.inputs, total, total) as (out_folder, mover),
     ):
         for file in original.files:
             out_folder.create_file(file.name, file.num_bytes, file.head)

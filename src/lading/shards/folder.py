@@ -116,6 +116,11 @@ class Sharded:
             served_by=self,
         )
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The folder, and the files in it that are read: what no verb may write over."""
+        return self.folder, *(os.path.join(self.folder, name) for name in self.file_bytes)
+
     def reader(self) -> Reader:
         """A reader of the original tensors' bytes."""
         from lading.shards.reader import ShardedReader  # with numpy, which plans do without
