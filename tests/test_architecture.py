@@ -54,6 +54,7 @@ WITHOUT_TORCH = [
     "shards.manifest",
     "shards.bands",
     "shards.folder",
+    "shards.held",
     "digesting.report",
     "digesting.files",
     "digesting.verb",

@@ -259,7 +259,7 @@ def run_load(
             if any(not tensor.is_meta for tensor in tensors.values()):
                 refuse_forward(model, str(error) or type(error).__name__)
             raise
-        install(model, plan, memory)
+        install(model, plan, memory, tensors)
     allow_forward(model)
     _origins[model] = Origin(plan=plan, checkpoint=prepared.checkpoint)
     report = _report(plan, ranks, moved, time.perf_counter() - began)

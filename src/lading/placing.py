@@ -60,11 +60,18 @@ def default_device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", local % torch.cuda.device_count())
 
 
-def install(model: nn.Module, plan: Plan, memory: Mapping[str, torch.Tensor]) -> None:
+def install(
+    model: nn.Module,
+    plan: Plan,
+    memory: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Gives parameters on meta their memory, keeping each object, and notes everything as
     loaded.
+
+    tensors   what `tensors_of` has found in the model, where somebody has asked it
     """
-    tensors = tensors_of(model, plan)
+    tensors = tensors_of(model, plan) if tensors is None else tensors
     if any(tensor.is_meta for tensor in tensors.values()):
         for name, tensor in tensors.items():
             if tensor.is_meta:

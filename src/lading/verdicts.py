@@ -40,9 +40,11 @@ def all_well(
     every rank otherwise.
     """
     result: Any = None
+    told: Any = None
     error: LadingError | None = None
     try:
         result = work()
+        told = facts(result)
     except LadingError as found:
         error = found
     except (
@@ -52,7 +54,7 @@ def all_well(
             raise
         error = RankError(f"{type(found).__name__}: {found}")
         error.__cause__ = found
-    verdicts = ranks_module.exchange((error, None if error else facts(result)), group)
+    verdicts = ranks_module.exchange((error, told), group)
     failed = [(rank, verdict) for rank, (verdict, _) in enumerate(verdicts) if verdict is not None]
     if failed:
         rank, first = failed[0]

@@ -42,6 +42,7 @@ __all__ = [
     "Mismatch",
     "RankCheck",
     "compare_logits",
+    "refuse_sharded",
     "verify",
     "verify_rank",
 ]
@@ -153,6 +154,16 @@ class RankCheck:
     digests: DigestCheck | None = None
 
 
+def refuse_sharded(path: str) -> None:
+    """Raises a CallError for a folder that no independent reader can read."""
+    if is_sharded(path):
+        raise CallError(
+            "is a pre-sharded folder, needs the original checkpoint (which other readers can read)",
+            subject=path,
+            hint=f"lading digest {path}, or lading merge {path} --out DIR",
+        )
+
+
 def verify_rank(
     ranks: Ranks,
     path: str,
@@ -170,12 +181,7 @@ def verify_rank(
     """
     from lading import progress
 
-    if is_sharded(path):
-        raise CallError(
-            "is a pre-sharded folder, needs the original checkpoint (which other readers can read)",
-            subject=path,
-            hint=f"lading digest {path}, or lading merge {path} --out DIR",
-        )
+    refuse_sharded(path)
     model, loaded = load_model(ranks, path, dtype, device, straddle=straddle)
     group = ranks_module.group_of(ranks, None)
     bar = progress.bar_of(ranks, "verifying")

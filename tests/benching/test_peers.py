@@ -141,7 +141,7 @@ def test_versions() -> None:
 
 @pytest.mark.parametrize(
     ("version", "problem"),
-    [("0.8.0", "has no prefetch before 0.9"), ("0.9.0rc1", None), ("1.0.0", None)],
+    [("0.8.0", "needs safetensors 0.9 or newer"), ("0.9.0rc1", None), ("1.0.0", None)],
 )
 def test_prefetch_needs_a_version(
     folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, problem: Any

@@ -178,6 +178,21 @@ def test_what_a_killed_process_left_goes(moment: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_what_was_left_of_a_place_beside_it_stays(is_there: bool, tmp_path: Path) -> None:
+    """`out.x` was killed between its renames: `out` neither takes nor removes its old folder."""
+    left = ".out.x.0123abcd.lading"
+    (tmp_path / f"{left}.lock").touch()
+    before = old_checkpoint(tmp_path / f"{left}.old")
+    if is_there:
+        (tmp_path / "out").mkdir()
+    OutputFolder.create(tmp_path / "out").discard()
+    assert content(tmp_path / f"{left}.old") == before
+    assert (tmp_path / "out").exists() == is_there
+    OutputFolder.create(tmp_path / "out.x").discard()
+    assert content(tmp_path / "out.x") == before
+
+
 def test_nobodys_folder_is_removed_that_somebody_fills(tmp_path: Path) -> None:
     folder = OutputFolder.create(tmp_path / "out")
     fill(folder)
@@ -253,8 +268,8 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
         ("blobs", "linked/model.safetensors", "holds model.safetensors, which is read as {}"),
     ):
         for overwrite in (True, False):
+            inputs = [str(tmp_path / read)]
             with pytest.raises(FileError) as error:
-                inputs = [str(tmp_path / read)]
                 check_output_folder(tmp_path / place, overwrite=overwrite, inputs=inputs)
             needed = f"{text.format(inputs[0])}, needs a place apart. Try: another folder."
             assert str(error.value) == f"{tmp_path / place}: {needed}", (place, read)

@@ -169,6 +169,30 @@ def test_one_process_writes_files(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("verb", ["verify", "bench"])
+def test_what_needs_the_original_says_so_first(verb: str, folder: str, tmp_path: Path) -> None:
+    two = str(tmp_path / "two")
+    run("shard", folder, "--tp", "2", "-o", two)
+    found = run(verb, two, "--tp", "2")
+    assert (found.exit_code, found.stdout) == (1, "")
+    assert "is a pre-sharded folder, needs the original checkpoint (which other" in found.stderr
+
+
+def test_merge_says_that_torch_files_became_others(folder: str, tmp_path: Path) -> None:
+    two, source = str(tmp_path / "two"), tmp_path / "torch"
+    source.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in Path(folder).glob("*.safetensors"):
+        tensors |= load_file(file)
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "config.json").write_bytes((Path(folder) / "config.json").read_bytes())
+    for given, files in ((str(source), "safetensors files"), (folder, "the original files")):
+        run("shard", given, "--tp", "2", "-o", two, "--overwrite")
+        shown = run("merge", two, "-o", f"{two}-{files[:3]}").stdout.splitlines()
+        assert shown[0].endswith(f": {files}")
+        assert ("the checkpoint came as torch files" in shown[1]) == (given == str(source))
+
+
 def test_inspect_says_what_is_pre_sharded(folder: str, tmp_path: Path) -> None:
     two = str(tmp_path / "two")
     assert run("shard", folder, "--tp", "2", "-o", two).exit_code == 0

@@ -147,7 +147,58 @@ def test_a_replica_that_differs(folder: Path, tmp_path: Path) -> None:
         "(model.norm.weight), needs the same bytes (both hold it)"
     ]
     assert found.recorded == ()  # the first holder's copy is the one that counts
+    assert [str(one) for one in found.ranks] == [
+        "model.norm.weight: rank 1 holds other bytes of region [0:48] than were sharded "
+        "(model.norm.weight in model-rank-00001-of-00003.safetensors)"
+    ]
     assert not found.ok
+
+
+@pytest.mark.parametrize(
+    ("rank", "parameter", "element", "tensor", "region"),
+    [
+        (5, "model.layers.1.mlp.down_proj.weight", 7, "mlp.down_proj", "[0:96, 100:120]"),
+        (7, "model.layers.1.mlp.gate_up_proj.weight", 0, "mlp.gate_proj", "[140:160, 0:96]"),
+        (6, "model.layers.1.self_attn.qkv_proj.weight", 0, "self_attn.q_proj", "[96:112, 0:96]"),
+        (6, "model.layers.1.self_attn.qkv_proj.weight", 1600, "self_attn.k_proj", "[16:32, 0:96]"),
+        (0, "model.layers.1.self_attn.qkv_proj.weight", 4000, "self_attn.v_proj", "[0:16, 0:96]"),
+        (0, "model.layers.1.input_layernorm.weight", 3, "input_layernorm", "[0:96]"),
+    ],
+)
+def test_the_rank_and_region_of_a_flipped_bit(
+    rank: int, parameter: str, element: int, tensor: str, region: str, eight: Path, tmp_path: Path
+) -> None:
+    out, file = tmp_path / "out", f"model-rank-{rank:05}-of-00008.safetensors"
+    lading.shard(eight, tp_size=8, out=out, sync=False)
+    flip(out / file, parameter, element)
+    found = digest_of_path(out)
+    assert [str(one) for one in found.ranks] == [
+        f"model.layers.1.{tensor}.weight: rank {rank} holds other bytes of region {region} than "
+        f"were sharded ({parameter} in {file})"
+    ]
+    assert not found.ok
+
+
+def test_a_manifest_without_the_ranks_digests(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lading.shard(folder, tp_size=3, out=out, sync=False)
+    manifest = json.loads((out / "lading.json").read_text())
+    del manifest["ranks"], manifest["came_as"]
+    (out / "lading.json").write_text(json.dumps(manifest | {"version": 1}))
+    assert digest_of_path(out).ok
+    flip(out / "model-rank-00002-of-00003.safetensors", "model.layers.1.mlp.down_proj.weight", 7)
+    found = digest_of_path(out)
+    assert (found.recorded, found.ranks) == (("model.layers.1.mlp.down_proj.weight",), ())
+
+
+def test_an_edited_digest_of_a_rank(folder: Path, tmp_path: Path) -> None:
+    out, name = tmp_path / "out", "model.layers.0.mlp.up_proj.weight"
+    lading.shard(folder, tp_size=3, out=out, sync=False)
+    manifest = json.loads((out / "lading.json").read_text())
+    manifest["ranks"][name][1] = "0" * 64
+    (out / "lading.json").write_text(json.dumps(manifest))
+    (one,) = digest_of_path(out).ranks
+    assert (one.tensor, one.ranks.tp_rank) == (name, 1)
 
 
 def test_an_element_that_differs_from_the_manifest(folder: Path, tmp_path: Path) -> None:
@@ -156,6 +207,7 @@ def test_an_element_that_differs_from_the_manifest(folder: Path, tmp_path: Path)
     flip(out / "model-rank-00002-of-00003.safetensors", "model.layers.1.mlp.down_proj.weight", 7)
     found = digest_of_path(out)
     assert found.recorded == ("model.layers.1.mlp.down_proj.weight",)
+    assert [(one.ranks.tp_rank, one.regions) for one in found.ranks] == [(2, ("[0:48, 64:96]",))]
     assert not found.ok
     (one,) = found.differences(digest_of_path(folder))
     assert one.tensor == "model.layers.1.mlp.down_proj.weight"

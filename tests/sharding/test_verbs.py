@@ -162,7 +162,11 @@ def test_torch_files(tmp_path: Path) -> None:
     (source / "config.json").write_bytes((tmp_path / "first" / "config.json").read_bytes())
     report = shard(source, tp_size=2, out=tmp_path / "tp2")
     assert any("torch files" in note for note in report.notes)
-    merge(tmp_path / "tp2", out=tmp_path / "out")
+    reshard_files(tmp_path / "tp2", tp_size=4, out=tmp_path / "tp4")
+    for place, out in (("tp2", "out"), ("tp4", "out4")):
+        assert merge(tmp_path / place, out=tmp_path / out).notes == (
+            "the checkpoint came as torch files; these are safetensors files of the same tensors",
+        )
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == full.keys()
     assert all(torch.equal(found[name], full[name]) for name in full)
@@ -173,8 +177,12 @@ def test_without_digests(tmp_path: Path) -> None:
     shard(source, tp_size=2, out=tmp_path / "tp2")
     reshard_files(tmp_path / "tp2", tp_size=4, out=tmp_path / "tp4")
     reshard_files(tmp_path / "tp2", tp_size=4, out=tmp_path / "fast", verify=False)
-    assert hashes(tmp_path / "fast") == hashes(tmp_path / "tp4")
-    merge(tmp_path / "fast", out=tmp_path / "merged", verify=False)
+    fast, checked = hashes(tmp_path / "fast"), hashes(tmp_path / "tp4")
+    assert {name for name in checked if fast[name] != checked[name]} == {"lading.json"}
+    manifest = json.loads((tmp_path / "tp4" / "lading.json").read_text())
+    assert len(manifest["ranks"]["model.layers.0.self_attn.q_proj.weight"]) == 4
+    assert json.loads((tmp_path / "fast" / "lading.json").read_text()) == manifest | {"ranks": {}}
+    assert merge(tmp_path / "fast", out=tmp_path / "merged", verify=False).notes == ()
     assert hashes(tmp_path / "merged") == hashes(source)
 
 
@@ -321,7 +329,7 @@ def test_folders_of_the_other_kind(tmp_path: Path) -> None:
         lading.open_checkpoint(tmp_path / "tp2")
     assert str(open_error.value) == (
         f"{tmp_path}/tp2: is a pre-sharded folder (lading.json is there), needs the original "
-        f"checkpoint. Try: lading merge {tmp_path}/tp2 --out DIR."
+        f"checkpoint. Try: lading.load, which takes it, or lading merge {tmp_path}/tp2 --out DIR."
     )
 
 
@@ -341,7 +349,11 @@ def test_a_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
             verb(tmp_path / "tp4", out=tmp_path / "out")
         (problem,) = caught.value.problems
         assert problem.subject == name
-        assert "the ranks' files were damaged, or the manifest edited" in str(problem)
+        assert (
+            "the ranks' files were damaged, or the manifest edited); rank 2 holds other bytes of "
+            "region [0:24, 24:36] than were sharded (model.layers.1.mlp.down_proj.weight in "
+            "model-rank-00002-of-00004.safetensors)."
+        ) in str(problem)
         assert not (tmp_path / "out").exists()
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

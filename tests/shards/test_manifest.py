@@ -40,6 +40,12 @@ def test_back_and_forth(value: dict[str, Any]) -> None:
     }
 
 
+def test_the_first_version(value: dict[str, Any]) -> None:
+    older = {key: kept for key, kept in value.items() if key not in ("ranks", "came_as")}
+    older["version"] = 1
+    assert manifest_to_json(manifest_from_json(older)) == value | {"ranks": {}}
+
+
 def test_the_identity_does_not_depend_on_the_ranks(value: dict[str, Any], tmp_path: Path) -> None:
     shard(made(tmp_path / "source"), tp_size=4, out=tmp_path / "tp4")
     other = json.loads((tmp_path / "tp4" / "lading.json").read_text())
@@ -92,8 +98,17 @@ NORM = "model.norm.weight"
     ("edit", "subject", "text"),
     [
         (put("format", "lading.plan"), "format", "is 'lading.plan', needs 'lading.shards'"),
-        (put("version", 2), "version", "is 2, needs 1"),
-        (put("version", True), "version", "is True, needs 1"),
+        (put("version", 3), "version", "is 3, needs 1 or 2"),
+        (put("version", True), "version", "is True, needs 1 or 2"),
+        (put("version", []), "version", "is [], needs 1 or 2"),
+        (put("version", 1), "manifest", "has the key 'came_as', needs no others than"),
+        (put("came_as", "gguf"), "came_as", "is 'gguf', needs 'safetensors' or 'torch'"),
+        (put("came_as", []), "came_as", "is [], needs 'safetensors' or 'torch'"),
+        (lambda tree: tree.pop("ranks"), "manifest", "has no key 'ranks'"),
+        (put("ranks", []), "ranks", "needs an object"),
+        (put("ranks", "x", []), "ranks['x']", "is of a tensor that the plan does not know"),
+        (put("ranks", NORM, ["0" * 64]), f"ranks['{NORM}']", "has 1 digests, needs 2 (one a rank)"),
+        (put("ranks", NORM, [1, 2]), f"ranks['{NORM}'][0]", "is 1, needs a string"),
         (put("tp_size", 4), "tp_size", "is 4, needs 2 (the plan's)"),
         (put("tp_size", "2"), "tp_size", "is '2', needs an int from 1"),
         (put("id", "0" * 64), "id", "is '0000"),

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lading
+from lading.errors import CallError
 from lading.transport import engine as engines
 from lading.transport.engine import (
     BLOCK_BYTES,
@@ -437,11 +438,25 @@ def test_which_engine_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LADING_ENGINE", "python")
     assert native_engine() is None
     assert not Engine().native
+    for value in ("foo", "Python", "0", " "):
+        monkeypatch.setenv("LADING_ENGINE", value)
+        with pytest.raises(CallError) as error:
+            Engine()
+        fact = f"is {value!r}, needs 'native' or 'python', or to be unset."
+        assert str(error.value) == f"LADING_ENGINE: {fact}"
+    if built:
+        monkeypatch.setenv("LADING_ENGINE", "native")
+        assert Engine().native
     monkeypatch.delenv("LADING_ENGINE")
     monkeypatch.setitem(sys.modules, "lading.transport._engine", None)  # as if it were not built
     monkeypatch.delattr(sys.modules["lading.transport"], "_engine", raising=False)
     assert native_engine() is None
     assert not Engine().native
+    monkeypatch.setenv("LADING_ENGINE", "")
+    assert not Engine().native
+    monkeypatch.setenv("LADING_ENGINE", "native")
+    with pytest.raises(CallError, match=r"is 'native', and the native engine cannot be imported"):
+        native_engine()
 
 
 SOURCE = Path(lading.__file__).parent / "transport" / "_engine.c"

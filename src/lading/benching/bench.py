@@ -27,7 +27,7 @@ from lading.checkpoint import Checkpoint
 from lading.errors import CallError, LadingError
 from lading.launch import device_of
 from lading.ranks import Ranks
-from lading.verify import ElementCheck, verify
+from lading.verify import ElementCheck, refuse_sharded, verify
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +137,7 @@ def bench_rank(
 
     from lading import progress
 
+    refuse_sharded(path)
     bench = _Bench(
         path=path,
         ranks=ranks,

@@ -158,7 +158,7 @@ def _rows(copies: list[Copy]) -> slice | None:
 def _no_prefetch(_job: Job) -> str | None:
     major, minor, *_ = metadata.version("safetensors").split(".")
     if (int(major), int(minor)) < (0, 9):
-        return "has no prefetch before 0.9"
+        return "needs safetensors 0.9 or newer"
     return None
 
 

@@ -141,7 +141,8 @@ def _entry_of_folder(folder: str, shown: str) -> Entry:
     names = list_folder(folder)
     if PRE_SHARDED in names:
         fact = f"is a pre-sharded folder ({PRE_SHARDED} is there), needs the original checkpoint"
-        raise FileError(fact, subject=shown, hint=f"lading merge {shown} --out DIR")
+        hint = f"lading.load, which takes it, or lading merge {shown} --out DIR"
+        raise FileError(fact, subject=shown, hint=hint)
     stems = _stems(names, ".safetensors")
     if "model" in stems:
         return _entry_of_stem(folder, shown, stems["model"])

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import stat
 import sys
@@ -260,8 +261,10 @@ class OutputFolder:
 def _remove_stale(full: str) -> None:
     """Removes the temporary folders of this place whose makers are gone."""
     head, base = os.path.split(full)
+    # Of this place only: a place beside it, `out.old` beside `out`, has locks that begin the same.
+    own = re.compile(rf"\.{re.escape(base)}\.[0-9a-f]{{8}}{re.escape(_SUFFIX)}\.lock")
     for name in os.listdir(head):
-        if not (name.startswith(f".{base}.") and name.endswith(f"{_SUFFIX}.lock")):
+        if own.fullmatch(name) is None:
             continue
         lock = FileLock.take(os.path.join(head, name))
         if lock is None:

@@ -267,8 +267,9 @@ def verify(
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import report
-        from lading.verify import verify_rank
+        from lading.verify import refuse_sharded, verify_rank
 
+        refuse_sharded(path)
         checks: list[RankCheck] = on_ranks(
             verify_rank,
             path,

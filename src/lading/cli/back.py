@@ -4,7 +4,7 @@ Each stands in a section of its own. JSON, beside "ok" and "command":
 
     explain   name, kind, tp_size, dtype, shape, index, tensor, notes, entries, boxes, padding
     export    path, tp_size, files, bytes, tensors, copied, casts, padding, notes, seconds, ranks
-    digest    kind, total, tensors, replicas, left_out, recorded, num_bytes, seconds;
+    digest    kind, total, tensors, replicas, left_out, recorded, ranks, num_bytes, seconds;
               with --against differences, against (its total)
     shard, reshard, merge   path, tp_size (of merge: null), files, bytes, seconds, notes
 """
@@ -284,7 +284,8 @@ def _written(done: ShardReport, as_json: bool) -> dict[str, Any]:
     if not as_json:
         from lading.report import Line, spell_bytes
 
-        form = "the original files" if done.tp_size is None else f"{done.tp_size} ranks"
+        files = "the original files" if not done.notes else "safetensors files"
+        form = files if done.tp_size is None else f"{done.tp_size} ranks"
         size, rate = spell_bytes(done.num_bytes), spell_bytes(done.num_bytes / done.seconds)
         speed = f"{size} in {done.seconds:.3g} s, {rate}/s"
         lines = [f"{done.path}: {form}", *done.notes, speed]

@@ -74,7 +74,9 @@ def bench(
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import report
         from lading.benching.bench import Options, bench_rank, known_peers
+        from lading.verify import refuse_sharded
 
+        refuse_sharded(path)
         chosen = known_peers() if against is None else [name.value for name in against]
         names = tuple(dict.fromkeys(name for name in chosen if name != PeerName.NONE.value))
         found: list[RankBench] = on_ranks(

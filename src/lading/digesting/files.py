@@ -21,13 +21,16 @@ from lading.digesting.report import DigestReport, Held, sums_by_tensor, value_of
 from lading.digests.sums import Sums, num_stored, row_bytes, sums_of
 from lading.regions import Copy, Region, reordered
 from lading.routes import holdings, pieces
+from lading.shards.files import rank_file
 from lading.shards.folder import Sharded, is_sharded, open_any, open_sharded
+from lading.shards.held import RankDifference, differing_ranks
 
 __all__ = [
     "copy_sums_of_file",
     "digest_of_checkpoint",
     "digest_of_path",
     "digest_of_shards",
+    "differing_ranks_of",
     "region_blocks",
     "region_sums",
     "tensor_sums",
@@ -100,8 +103,51 @@ def digest_of_shards(sharded: Sharded) -> DigestReport:
         totals, replicas = sums_by_tensor(plan, held)
         for name, stored in sharded.rest.items():
             totals[name] = tensor_sums(reader, stored)
+    ranks = tuple(_differing(sharded, held, [name for name in sharded.sources if name in kept]))
     recorded = sharded.manifest.digests if sharded.manifest is not None else {}
-    return _report("shards", sharded.sources, totals, began, replicas=replicas, recorded=recorded)
+    return _report(
+        "shards",
+        sharded.sources,
+        totals,
+        began,
+        replicas=replicas,
+        recorded=recorded,
+        ranks=ranks,
+    )
+
+
+def differing_ranks_of(sharded: Sharded, names: Iterable[str]) -> list[RankDifference]:
+    """Which ranks' files have other bytes of these tensors than were sharded: they are read."""
+    kept = holdings(sharded.plan)
+    known = [name for name in names if name in kept]
+    with sharded.open_files() as reader:
+        held = {
+            (name, number, at): copy_sums_of_file(
+                reader,
+                sharded.stored[holder.ranks.tp_rank][holder.copy.target],
+                holder.copy,
+                sharded.sources[name],
+            )
+            for name in known
+            for number, piece in enumerate(pieces(sharded.plan, name))
+            for at, holder in enumerate(piece.holders)
+        }
+    return list(_differing(sharded, held, known))
+
+
+def _differing(sharded: Sharded, held: Held, names: Iterable[str]) -> Iterator[RankDifference]:
+    manifest = sharded.manifest
+    if manifest is None:
+        return
+    for name in names:
+        yield from differing_ranks(
+            sharded.plan,
+            sharded.sources[name],
+            lambda rank: rank_file(rank, sharded.plan.tp_size),
+            lambda *key: held[key],
+            manifest.digests[name],
+            manifest.ranks.get(name),
+        )
 
 
 def _report(
@@ -112,6 +158,7 @@ def _report(
     *,
     replicas: tuple[Any, ...] = (),
     recorded: Mapping[str, str] | None = None,
+    ranks: tuple[RankDifference, ...] = (),
 ) -> DigestReport:
     values = {name: value_of(source, totals[name]) for name, source in sources.items()}
     recorded = recorded or {}
@@ -119,6 +166,7 @@ def _report(
         kind=kind,
         tensors=values,
         replicas=replicas,
+        ranks=ranks,
         recorded=tuple(n for n, v in values.items() if recorded.get(n, v.hex) != v.hex),
         num_bytes=sum(source.num_bytes for source in sources.values()),
         seconds=time.perf_counter() - began,

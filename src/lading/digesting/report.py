@@ -18,6 +18,7 @@ from lading.digests.sums import Sums, hex_of, total_of
 from lading.plan import Plan
 from lading.ranks import Ranks
 from lading.routes import holdings, pieces
+from lading.shards.held import RankDifference
 
 __all__ = ["DigestReport", "Difference", "Held", "ReplicaDifference", "TensorDigestValue"]
 
@@ -75,6 +76,7 @@ class DigestReport:
     replicas   copies of the same elements that differ
     left_out   checkpoint tensors of which a model holds nothing, and why
     recorded   tensors whose digest is not the one that the folder's own manifest records
+    ranks      where the folder's files differ from what its manifest records: rank and region
     num_bytes  of the checkpoint's tensors that have digests
     seconds    wall time
     """
@@ -84,6 +86,7 @@ class DigestReport:
     replicas: tuple[ReplicaDifference, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     recorded: tuple[str, ...] = ()
+    ranks: tuple[RankDifference, ...] = ()
     num_bytes: int = 0
     seconds: float = 0.0
 
@@ -95,7 +98,7 @@ class DigestReport:
     @property
     def ok(self) -> bool:
         """Whether all copies agree, with each other and with the manifest."""
-        return not self.replicas and not self.recorded
+        return not (self.replicas or self.recorded or self.ranks)
 
     def differences(self, other: DigestReport) -> tuple[Difference, ...]:
         """The tensors that are not the same in both. What a model leaves out is not compared."""
@@ -136,6 +139,16 @@ class DigestReport:
             ],
             "left_out": dict(self.left_out),
             "recorded": list(self.recorded),
+            "ranks": [
+                {
+                    "tensor": one.tensor,
+                    "rank": one.ranks.tp_rank,
+                    "file": one.file,
+                    "regions": list(one.regions),
+                    "parameters": list(one.parameters),
+                }
+                for one in self.ranks
+            ],
             "num_bytes": self.num_bytes,
             "seconds": self.seconds,
         }

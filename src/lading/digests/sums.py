@@ -13,7 +13,8 @@ Definition (version 1), of the tensor's bytes in row-major order, little-endian,
     v[l](j)   s(16 j + l) >> 39, made odd: the weight of a 16-bit word of a row, below 2^25
     u[l](r)   s(16 r + 8 + l), made odd: the weight of a row
     S[l]      sum over p of (byte + 1) * 256^(c % 2) * v[l](c // 2) * u[l](r)  modulo 2^64
-    digest    sha256 of the version, dtype, shape and S[0] .. S[5]
+    digest    sha256 of the version, dtype, shape and S[0] .. S[5]; of a part also of its number of
+              elements (`part_hex`)
 
 The shape is the header's and W that of the stored bytes (F4: two values a byte); a view of the
 tensor, [3, D, I] of [3 D, I], has the same bytes in the same order and so the same digest. The
@@ -67,7 +68,15 @@ from lading.digests.rows import (
 from lading.errors import CallError
 from lading.regions import Region
 
-__all__ = ["NUM_LANES", "Sums", "TensorDigest", "digest_of_bytes", "sums_of", "total_of"]
+__all__ = [
+    "NUM_LANES",
+    "Sums",
+    "TensorDigest",
+    "digest_of_bytes",
+    "part_hex",
+    "sums_of",
+    "total_of",
+]
 
 Array = npt.NDArray[Any]
 Buffer = bytes | bytearray | memoryview | Array
@@ -176,7 +185,15 @@ def hex_of(dtype: str, shape: Sequence[int], sums: Sums) -> str:
             f"({dtypes.spell(dtype, tuple(shape))})",
             subject="digest",
         )
-    facts = f"lading digest {VERSION} {dtype} {list(shape)} "
+    return _hex(f"lading digest {VERSION} {dtype} {list(shape)} ", sums)
+
+
+def part_hex(dtype: str, shape: Sequence[int], sums: Sums) -> str:
+    """The digest of some of a tensor's elements, of which the sums tell how many and where."""
+    return _hex(f"lading part {VERSION} {dtype} {list(shape)} {sums.num_elements} ", sums)
+
+
+def _hex(facts: str, sums: Sums) -> str:
     raw = b"".join(lane.to_bytes(8, "little") for lane in sums.lanes)
     return hashlib.sha256(facts.encode() + raw).hexdigest()
 

@@ -33,7 +33,7 @@ from lading.checkpoint.files import file_size
 from lading.checkpoint.outline import json_bytes
 from lading.errors import CallError, DeclarationError, LadingError, MissingTensorError, PlanError
 from lading.exports.live import Live
-from lading.loading import Origin, PathLike
+from lading.loading import Origin, PathLike, origin_of
 from lading.names import Names
 from lading.plan import Check, Plan, make_plan, prove_bindings
 from lading.ranks import Ranks, all_ranks
@@ -326,5 +326,8 @@ def _with_config(outline: Outline, model: nn.Module) -> Outline:
         data = config.to_json_string().encode()
     if data is not None:
         return replace(outline, written={**outline.written, "config.json": data})
-    note = "there is no config.json: the model was not loaded from a checkpoint, and has none"
+    why = "the model was not loaded from a checkpoint, and has none"
+    if origin_of(model) is not None:
+        why = "as_new takes none from the checkpoint that was loaded, and the model has none"
+    note = f"there is no config.json: {why}"
     return replace(outline, notes=(*outline.notes, note))

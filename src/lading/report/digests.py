@@ -32,6 +32,7 @@ def digest_summary(found: DigestReport) -> tuple[Block, ...]:
             Line(text=f"✗ {name}: has another digest than lading.json records", style="red")
             for name in found.recorded
         ),
+        *(Line(text=f"✗ {one}", style="red") for one in found.ranks),
         Line(text=f"{found.total}  total of {count_of(len(found.tensors), 'tensor')}"),
         Line(text=f"{speed}, {spell_bytes(found.num_bytes / seconds)}/s"),
     )

@@ -17,7 +17,7 @@ from lading.digests.sums import Sums, hex_of, num_stored, sums_of
 from lading.errors import CallError
 from lading.plan import Plan
 from lading.regions import Region
-from lading.shards.bands import Array, Band, End, Views, bands
+from lading.shards.bands import Array, Band, End, Views, bands, index_of
 
 __all__ = ["DEFAULT_MEMORY_BYTES", "Collected", "Mover"]
 
@@ -36,23 +36,49 @@ class Collected:
     """The digests of tensors, from pieces in any order and of any thread.
 
     sources   the tensors, as their headers have them
+    parts     of some tensors: numbers and regions of what is summed apart; together all of it
     """
 
     sources: Mapping[str, Source]
-    _sums: dict[str, Sums] = field(default_factory=dict)
+    parts: Mapping[str, Sequence[tuple[int, Region]]] = field(default_factory=dict)
+    _sums: dict[tuple[str, int], Sums] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, name: str, region: Region, values: Array | memoryview) -> None:
         """Elements of a region, in its row-major order."""
         source = self.sources[name]
-        sums = sums_of(source.dtype, source.shape, region, values)
+        found = [
+            (number, sums_of(source.dtype, source.shape, part, part_values))
+            for number, part, part_values in self._split(name, region, values)
+        ]
         with self._lock:
-            self._sums[name] = self._sums.get(name, Sums()) + sums
+            for number, sums in found:
+                self._sums[name, number] = self.part(name, number) + sums
+
+    def _split(
+        self, name: str, region: Region, values: Array | memoryview
+    ) -> Iterator[tuple[int, Region, Array | memoryview]]:
+        if name not in self.parts or isinstance(values, memoryview):
+            yield 0, region, values
+            return
+        for number, part in self.parts[name]:
+            both = part.intersect(region)
+            if both == region:
+                yield number, region, values
+            elif both is not None:
+                yield number, both, values[index_of(both.inside(region))]
+
+    def part(self, name: str, number: int) -> Sums:
+        """What was added of a part; of a tensor without parts, all."""
+        return self._sums.get((name, number), Sums())
 
     def digests(self) -> dict[str, str]:
         """By tensor. Raises a CallError where not all of a tensor was added."""
+        totals = dict.fromkeys(self.sources, Sums())
+        for (name, _), sums in self._sums.items():
+            totals[name] += sums
         return {
-            name: hex_of(source.dtype, source.shape, self._sums.get(name, Sums()))
+            name: hex_of(source.dtype, source.shape, totals[name])
             for name, source in self.sources.items()
         }
 

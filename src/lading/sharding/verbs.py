@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lading.checkpoint import outline_like
+from lading.digesting.files import differing_ranks_of
 from lading.errors import CallError, CheckpointError, FileError, LadingError, PlanError
 from lading.preflight import preflight
 from lading.ranks import all_ranks
@@ -49,6 +50,8 @@ __all__ = ["ShardReport", "merge", "reshard_files", "shard"]
 Path = str | os.PathLike[str]
 
 MAX_TP_SIZE = 4096
+
+_REMADE = ("the checkpoint came as torch files; these are safetensors files of the same tensors",)
 
 
 def shard(
@@ -93,7 +96,13 @@ def shard(
     plan = stored_plan(found.plan, outline.places)
     files = tuple(OriginalFile.of_head(f.name, f.num_bytes, f.head) for f in outline.files)
     index, others = index_apart(outline.copied, outline.written)
-    original = Original(files=files, sources=outline.places, index=index, others=others)
+    original = Original(
+        files=files,
+        sources=outline.places,
+        index=index,
+        others=others,
+        came_as=checkpoint.format,
+    )
     options = Options(
         out=out, overwrite=overwrite, memory_bytes=memory_bytes, sync=sync, progress=progress
     )
@@ -143,6 +152,7 @@ def reshard_files(
             inputs=sharded.inputs,
             options=options,
             digests=known,
+            wrong=lambda names: differing_ranks_of(sharded, names),
         )
         return job.run(source, reader, sharded.rest, None if verify else known, (), began)
 
@@ -158,6 +168,9 @@ def merge(
     progress: Progress | None = None,
 ) -> ShardReport:
     """Puts a pre-sharded folder together again: the original files, equal byte for byte.
+
+    A checkpoint that came as torch files becomes safetensors files of the same tensors; the
+    report's `notes` say so.
 
     path     what `shard` or `reshard_files` wrote, or what `describe_shards` returned
     verify   as of `reshard_files`
@@ -186,7 +199,8 @@ def merge(
             rest = tuple(sharded.rest)
             mover.copy_rest(rest, reader, sharded.rest, original.sources, writers, collected)
         if collected is not None and known is not None:
-            check_digests(collected.digests(), known)
+            found = collected.digests()
+            check_digests(found, known, lambda names: differing_ranks_of(sharded, names))
         for place, name in original.others:
             out_folder.copy(place, name)
         if original.index is not None:
@@ -201,6 +215,7 @@ def merge(
         tp_size=None,
         files=tuple(file.name for file in original.files),
         num_bytes=total,
+        notes=_REMADE if original.came_as == "torch" else (),
         seconds=max(time.perf_counter() - began, 1e-9),
     )
 
@@ -234,6 +249,7 @@ def _original_of(sharded: Sharded) -> tuple[Original, Mapping[str, str] | None]:
         sources=manifest.sources,
         index=manifest.index,
         others=_checked_others(sharded, manifest),
+        came_as=manifest.came_as,
     )
     return original, manifest.digests
 

@@ -27,7 +27,7 @@ from lading.checkpoint.files import file_size
 from lading.errors import CheckpointError, ConflictError, FileError, LadingError, PlanError
 from lading.plan import Plan
 from lading.sharding.moving import Collected, Mover
-from lading.shards.bands import Files, Shards, views_of
+from lading.shards.bands import Files, Shards, Views, views_of
 from lading.shards.files import (
     MANIFEST,
     REST,
@@ -39,6 +39,7 @@ from lading.shards.files import (
     rest_of,
 )
 from lading.shards.folder import Original
+from lading.shards.held import RankDifference, parts_of, rank_digests
 from lading.shards.manifest import (
     Manifest,
     OriginalIndex,
@@ -103,6 +104,7 @@ class Job:
 
     inputs    folders that are read
     digests   those that have to come out
+    wrong     where a pre-sharded folder that is read has other bytes of these tensors
     """
 
     plan: Plan
@@ -110,6 +112,7 @@ class Job:
     inputs: tuple[str, ...]
     options: Options
     digests: Mapping[str, str] | None = None
+    wrong: Callable[[Sequence[str]], Sequence[RankDifference]] = lambda _names: ()
 
     def run(
         self,
@@ -128,15 +131,16 @@ class Job:
         """
         sizes = self._sizes()
         moved = sum(one.num_bytes for one in self.original.sources.values())
+        views = source.views if isinstance(source, Shards) else views_of([self.plan])
         with new_folder(self.options, self.inputs, sum(sizes.values()), moved) as (out, mover):
             for name, num_bytes in sizes.items():
                 out.create_file(name, num_bytes, self._head(name, None))
             with open_writers(out, list(sizes)) as writers:
-                collected = None if known is not None else Collected(self.original.sources)
+                collected = None if known is not None else self._collected(views)
                 self._fill(source, reader, rest, writers, mover, collected)
                 digests = collected.digests() if collected is not None else known or {}
                 if self.digests is not None:
-                    check_digests(digests, self.digests)
+                    check_digests(digests, self.digests, self.wrong)
                 self._check_twins(digests)
                 others = tuple(other_file(path, name) for path, name in self.original.others)
                 manifest = Manifest(
@@ -145,6 +149,8 @@ class Job:
                     index=self.original.index,
                     others=others,
                     digests=digests,
+                    ranks=self._rank_digests(collected),
+                    came_as=self.original.came_as,
                 )
                 for name, writer in writers.items():
                     writer.write(0, self._head(name, manifest.id))
@@ -164,6 +170,21 @@ class Job:
             seconds=max(time.perf_counter() - began, 1e-9),
             notes=notes,
         )
+
+    def _collected(self, views: Views) -> Collected:
+        return Collected(self.original.sources, parts=parts_of(self.plan, views))
+
+    def _rank_digests(self, collected: Collected | None) -> dict[str, tuple[str, ...]]:
+        if collected is None:
+            return {}
+        return {
+            name: rank_digests(
+                self.plan,
+                self.original.sources[name],
+                lambda tensor, number, _holder: collected.part(tensor, number),
+            )
+            for name in collected.parts
+        }
 
     def _rest(self) -> tuple[Source, ...]:
         return rest_of(self.plan, self.original.sources)
@@ -306,17 +327,23 @@ def _read(path: str, name: str) -> bytes:
     return bytes(data)
 
 
-def check_digests(digests: Mapping[str, str], known: Mapping[str, str]) -> None:
+def check_digests(
+    digests: Mapping[str, str],
+    known: Mapping[str, str],
+    wrong: Callable[[Sequence[str]], Sequence[RankDifference]],
+) -> None:
     """Raises a PlanError with each tensor whose bytes are not those that were sharded."""
-    problems: list[LadingError] = [
-        CheckpointError(
-            f"has the digest {digest}, needs {known[name]} (as {MANIFEST} says; the "
-            "ranks' files were damaged, or the manifest edited)",
-            subject=name,
-            hint="lading shard of the original checkpoint",
-        )
-        for name, digest in digests.items()
-        if digest != known[name]
-    ]
-    if problems:
-        raise PlanError(problems, what="the pre-sharded folder")
+    names = [name for name, digest in digests.items() if digest != known[name]]
+    if not names:
+        return
+    places: dict[str, list[RankDifference]] = {name: [] for name in names}
+    for one in wrong(names):
+        places[one.tensor].append(one)
+    problems: list[LadingError] = []
+    for name, found in places.items():
+        fact = f"has the digest {digests[name]}, needs {known[name]} (as {MANIFEST} says; the "
+        fact += "ranks' files were damaged, or the manifest edited)"
+        fact += "".join(f"; {one.fact}" for one in found)
+        hint = "lading shard of the original checkpoint"
+        problems.append(CheckpointError(fact, subject=name, hint=hint))
+    raise PlanError(problems, what="the pre-sharded folder")

@@ -33,7 +33,17 @@ from lading.regions import Copy, Region
 from lading.routes import holdings, pieces
 from lading.views import common_shape, seen_as
 
-__all__ = ["Band", "End", "Files", "Shards", "array_of", "bands", "bytes_of", "views_of"]
+__all__ = [
+    "Band",
+    "End",
+    "Files",
+    "Shards",
+    "array_of",
+    "bands",
+    "bytes_of",
+    "index_of",
+    "views_of",
+]
 
 Array = npt.NDArray[Any]
 Ints = tuple[int, ...]
@@ -274,7 +284,7 @@ class Shards:
                 copy = _within(held.copy, box)
                 if copy is None:
                     continue
-                view = values[name][_index(copy.source_region.inside(box))]
+                view = values[name][index_of(copy.source_region.inside(box))]
                 if copy.axes:
                     view = view.transpose(copy.axes)
                 key = held.rank, copy.target, copy.target_region.shape
@@ -310,7 +320,7 @@ class Shards:
             around = np.empty(box.size, dtype=parts[0].values.dtype)
             self.reader.read_into(stored, box.runs().first * around.itemsize, bytes_of(around))
             for part in parts:
-                part.values[...] = around[_index(part.target_region.inside(box))]
+                part.values[...] = around[index_of(part.target_region.inside(box))]
             return
         for part in parts:
             self._read_runs(stored, part)
@@ -351,7 +361,7 @@ def _assembled(box: Region, parts: Sequence[_Part], padding: Sequence[Region]) -
         return np.ascontiguousarray(parts[0].values)
     around = (np.zeros if padding else np.empty)(box.size, dtype=parts[0].values.dtype)
     for part in parts:
-        around[_index(part.target_region.inside(box))] = part.values
+        around[index_of(part.target_region.inside(box))] = part.values
     return around
 
 
@@ -397,7 +407,7 @@ def _within(copy: Copy, box: Region) -> Copy | None:
     return None if found is None else found.invert()
 
 
-def _index(region: Region) -> tuple[slice, ...]:
+def index_of(region: Region) -> tuple[slice, ...]:
     """The region as numpy's index."""
     return tuple(
         slice(start, start + (size - 1) * step + 1 if size else start, step)

@@ -69,12 +69,14 @@ class Original:
 
     sources   the tensors where the original files have them
     others    (path of the file to copy, name)
+    came_as   "safetensors"; "torch" where the files are made from torch's
     """
 
     files: tuple[OriginalFile, ...]
     sources: Mapping[str, Source]
     index: OriginalIndex | None
     others: tuple[tuple[str, str], ...]
+    came_as: str = "safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,20 @@ them, byte for byte as the checkpoint stored them, and what is needed for the wa
                                               constants, tied twins; absent where there are none
     config.json, tokenizer.json, ...          the checkpoint's other files
 
-    "format": "lading.shards", "version": 1, "tp_size": T
+    "format": "lading.shards", "version": 2, "tp_size": T
     "id"        sha256 of the checkpoint's contents; each file of the folder carries it, so that
                 files of another run are told apart
     "plan"      lading.plan_json, of all T ranks, in stored dtypes
+    "came_as"   "safetensors", or "torch": then `files` are what merge makes, not what was there.
+                Since version 2
     "files"     [{"name", "bytes", "header"}] of the original files, in order; the header is the
                 JSON text between a file's length and its data, spaces included
     "index"     {"name", "text"} of the original index, or null
     "others"    [{"name", "bytes", "sha256"}]
     "digests"   {checkpoint tensor: its digest (lading.digests)}
+    "ranks"     {checkpoint tensor: [the digest of what rank 0 holds of it, ... T of them]}, where
+                some rank holds less than all; {} where none was taken. Since version 2: a manifest
+                of version 1 is read as one with {}
     "shards"    [{"file", "bytes"}], one a rank
     "rest"      {"file", "bytes"}, or null
 
@@ -79,7 +84,10 @@ __all__ = [
 ]
 
 FORMAT = "lading.shards"
-VERSION = 1
+VERSION = 2
+_KEYS = {1: "", 2: " ranks came_as"}
+"""What a manifest of each version has beyond the first's."""
+
 MAX_MANIFEST_BYTES = 4 * 2**30
 """A manifest has the copies of all ranks: some 150 bytes for each parameter and rank."""
 
@@ -139,6 +147,8 @@ class Manifest:
     index     the original index, None where one file was all
     others    what came along
     digests   by checkpoint tensor
+    ranks     by checkpoint tensor: the digest of what each rank holds (`held.rank_digests`)
+    came_as   "safetensors" or "torch"
     sources   the original checkpoint's tensors by name: follows from `files`
     """
 
@@ -147,6 +157,8 @@ class Manifest:
     index: OriginalIndex | None
     others: tuple[OtherFile, ...]
     digests: Mapping[str, str]
+    ranks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    came_as: str = "safetensors"
     sources: Mapping[str, Source] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -199,6 +211,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
         "version": VERSION,
         "tp_size": manifest.tp_size,
         "id": manifest.id,
+        "came_as": manifest.came_as,
         "files": [
             {"name": f.name, "bytes": f.num_bytes, "header": f.header} for f in manifest.files
         ],
@@ -209,6 +222,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
             {"name": o.name, "bytes": o.num_bytes, "sha256": o.sha256} for o in manifest.others
         ],
         "digests": dict(manifest.digests),
+        "ranks": {name: list(digests) for name, digests in manifest.ranks.items()},
         "shards": _shards(manifest.plan),
         "rest": _rest(manifest.plan, manifest.sources),
         "plan": plan_to_json(manifest.plan),
@@ -235,13 +249,19 @@ def manifest_from_json(value: object) -> Manifest:
     that is not proved or is not of these files, a digest that is missing, contents of which `id` is
     not the sha256.
     """
+    version = value.get("version") if isinstance(value, dict) else None
+    more = _KEYS.get(version, _KEYS[VERSION]) if type(version) is int else _KEYS[VERSION]
     facts = read_object(
-        value, "manifest", "format version tp_size id plan files index others digests shards rest"
+        value,
+        "manifest",
+        "format version tp_size id plan files index others digests shards rest" + more,
     )
     if facts["format"] != FORMAT:
         fail("format", f"is {short(facts['format'])}, needs {FORMAT!r}")
-    if type(facts["version"]) is not int or facts["version"] != VERSION:
-        fail("version", f"is {short(facts['version'])}, needs {VERSION}")
+    if type(version) is not int or version not in _KEYS:
+        fail("version", f"is {short(version)}, needs {' or '.join(map(str, _KEYS))}")
+    if facts.get("came_as", "torch") not in ("safetensors", "torch"):
+        fail("came_as", f"is {short(facts['came_as'])}, needs 'safetensors' or 'torch'")
     files = tuple(read_list(facts["files"], "files", _original))
     index = None if facts["index"] is None else _index(facts["index"], "index")
     others = tuple(read_list(facts["others"], "others", _other))
@@ -250,7 +270,15 @@ def manifest_from_json(value: object) -> Manifest:
     sources = _sources(files)
     _check_plan(plan, sources)
     digests = _digests(facts["digests"], sources)
-    manifest = Manifest(plan=plan, files=files, index=index, others=others, digests=digests)
+    manifest = Manifest(
+        plan=plan,
+        files=files,
+        index=index,
+        others=others,
+        digests=digests,
+        ranks=_ranks(facts.get("ranks", {}), plan),
+        came_as=facts.get("came_as", "safetensors"),
+    )
     _check_written(facts["shards"], "shards", _shards(plan))
     _check_written(facts["rest"], "rest", _rest(plan, sources))
     if read_text(facts["id"], "id") != manifest.id:
@@ -399,6 +427,18 @@ def _digests(value: object, sources: Mapping[str, Source]) -> dict[str, str]:
         if name not in sources:
             fail(f"digests[{short(name)}]", "is of a tensor that no file has")
     return digests
+
+
+def _ranks(value: object, plan: Plan) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, digests in read_mapping(value, "ranks").items():
+        at = f"ranks[{short(name)}]"
+        if name not in plan.sources:
+            fail(at, "is of a tensor that the plan does not know")
+        found[name] = tuple(read_list(digests, at, _hex))
+        if len(found[name]) != plan.tp_size:
+            fail(at, f"has {len(found[name])} digests, needs {plan.tp_size} (one a rank)")
+    return found
 
 
 def _check_written(value: object, at: str, needed: Any) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lading.errors import CallError
 from lading.transport.jobs import Jobs
 
 if TYPE_CHECKING:
@@ -99,12 +100,26 @@ class Device(Protocol):
 
 
 def native_engine() -> ModuleType | None:
-    """The native engine, None where it was not built or LADING_ENGINE=python asks for the other."""
-    if os.environ.get("LADING_ENGINE") == "python":
+    """The native engine, None where it was not built or LADING_ENGINE=python asks for the other.
+
+    Raises a CallError where LADING_ENGINE is something else, or `native` and that was not built.
+    """
+    asked = os.environ.get("LADING_ENGINE", "")
+    if asked not in ("", "native", "python"):
+        fact = f"is {asked!r}, needs 'native' or 'python', or to be unset"
+        raise CallError(fact, subject="LADING_ENGINE")
+    if asked == "python":
         return None
     try:
         from lading.transport import _engine
-    except ImportError:
+    except ImportError as error:
+        if asked == "native":
+            raise CallError(
+                f"is 'native', and the native engine cannot be imported ({error}); needs one that "
+                "was built when lading was installed",
+                subject="LADING_ENGINE",
+                hint="install lading where there is a C compiler, or unset LADING_ENGINE",
+            ) from None
         return None
     return _engine
 
