@@ -22,7 +22,7 @@ ROOMS = (
     "shards",
     # parameters, layers, the verbs
     *("writing", "owners", "ledger", "parameter", "schemes", "nn", "transport"),
-    *("models", "preflight", "explaining", "gguf"),
+    *("models", "preflight", "explaining", "explaining_bytes", "gguf"),
     *("verdicts", "targeting", "placing", "loading", "pretrained", "decoding"),
     *("exports", "digesting", "resharding", "sharding", "update", "engines"),
     # processes, checks, eyes
@@ -61,6 +61,7 @@ WITHOUT_TORCH = [
     "models",
     "preflight",
     "explaining",
+    "explaining_bytes",
     "report",
     "schemes",
     "sharding.verbs",

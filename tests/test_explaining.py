@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 import lading
 from lading.checkpoint import Checkpoint, Source
 from lading.errors import CallError
-from lading.explaining import Explanation, Kind, explain, explain_byte
+from lading.explaining import Explanation, Kind, explain
+from lading.explaining_bytes import explain_byte
 from lading.layouts import Axis, Cut, Layout, Part
 from lading.plan import Plan, Skipped, Target, Tie, make_plan
 from lading.preflight import preflight

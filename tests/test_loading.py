@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lading
-from lading import targeting
+from lading import targeting, verdicts
 from lading.errors import (
     CallError,
     ConflictError,
@@ -22,6 +22,7 @@ from lading.errors import (
     LadingError,
     NotLoadedError,
     PlanError,
+    RankError,
 )
 from lading.layouts import Layout
 from lading.loading import LoadReport
@@ -631,3 +632,22 @@ def test_targets_are_what_the_layers_declare() -> None:
             assert targets[name].layout == tensor.tp_layout
     layers = [m for m in meta().modules() if isinstance(m, ParallelLayer)]
     assert len(layers) == 7
+
+
+def test_facts_that_fail_are_a_verdict_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the other rank would wait in an exchange to which this one never comes."""
+    told: list[Any] = []
+
+    def exchange(value: Any, _group: object) -> list[Any]:
+        told.append(value)
+        return [value, (None, "facts")]
+
+    monkeypatch.setattr(verdicts.ranks_module, "exchange", exchange)
+    group: Any = object()
+    with pytest.raises(RankError, match=r"MemoryError: all of it\. On rank 0\.$"):
+        verdicts.all_well(lambda: None, lambda _: _fail(MemoryError("all of it")), group)
+    assert len(told) == 1
+
+
+def _fail(error: Exception) -> None:
+    raise error

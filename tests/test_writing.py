@@ -211,3 +211,14 @@ def test_one_element_with_any_stride_is_memory_too() -> None:
         found = writing.memory(one, Region.whole((1, 1)))
         assert found is not None
         assert bytes(found) == torch.tensor([2], dtype=dtype).numpy().tobytes()
+
+
+def test_what_cannot_be_seen_in_the_regions_shape_is_not_written_to_a_copy() -> None:
+    """A transposed parameter is no [12] in memory: `reshape` would copy it, and lose the write."""
+    target = torch.zeros(4, 3).t()
+    with pytest.raises(RuntimeError, match="view"):
+        writing.write(target, Region.whole((12,)), torch.ones(12))
+    with pytest.raises(RuntimeError, match="view"):
+        writing.fill(target, Region.whole((12,)))
+    writing.write(target.t(), Region.whole((12,)), torch.ones(12))
+    assert bool(target.eq(1).all())

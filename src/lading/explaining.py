@@ -29,7 +29,17 @@ from lading.routes import Holding, holdings
 from lading.shards.folder import Sharded
 from lading.views import ravel, through, unravel
 
-__all__ = ["Box", "Covered", "Element", "Entry", "Explanation", "Kind", "explain", "explain_byte"]
+__all__ = [
+    "Box",
+    "Covered",
+    "Element",
+    "Entry",
+    "Explanation",
+    "Kind",
+    "close_names",
+    "explain",
+    "header_index",
+]
 
 Kind = Literal["parameter", "tensor"]
 
@@ -154,32 +164,6 @@ def explain(
     raise _unknown(name, kind, targets, checkpoint)
 
 
-def explain_byte(
-    plan: Plan, checkpoint: Checkpoint, file: str, byte: int, *, rank: int | None = None
-) -> Explanation:
-    """What the byte of a file belongs to, as `explain` says it of the entry's tensor.
-
-    Raises a CallError for a file that is not the checkpoint's, or a byte that is no tensor's.
-    """
-    sizes = checkpoint.file_bytes
-    if file not in sizes:
-        raise CallError(
-            f"is no file of {checkpoint.folder} that has tensors",
-            subject=file,
-            hint=_close(file, list(sizes)),
-        )
-    if checkpoint.format != "safetensors":
-        raise CallError("is no safetensors file: its tensors have no byte offsets", subject=file)
-    if not 0 <= byte < sizes[file]:
-        raise CallError(f"byte is {byte}, needs 0 to {sizes[file] - 1}", subject=file)
-    for source in checkpoint.tensors.values():
-        if source.file == file and 0 <= byte - source.offset_bytes < source.num_bytes:
-            at = (byte - source.offset_bytes) // dtypes.storage_bytes(source.dtype)
-            index = _header_index(source, unravel(at, source.storage_shape))
-            return explain(plan, checkpoint, source.name, index=index, rank=rank, kind="tensor")
-    raise CallError(f"byte {byte} is in the file's header, needs one of a tensor's", subject=file)
-
-
 class _Asked:
     """One question, and the ways to its answer."""
 
@@ -300,7 +284,7 @@ class _Asked:
                 )
         return Entry(
             source=source,
-            index=_header_index(source, index),
+            index=header_index(source, index),
             start_byte=start,
             stop_byte=start + size,
             covered=tuple(self._covered(source, at)),
@@ -442,7 +426,8 @@ def _storage_index(source: Source, index: Ints) -> Ints:
     return (*index[:-1], index[-1] // _per_entry(source)) if index else ()
 
 
-def _header_index(source: Source, index: Ints) -> Ints:
+def header_index(source: Source, index: Ints) -> Ints:
+    """The index of a stored entry in the tensor as its header has it."""
     return (*index[:-1], index[-1] * _per_entry(source)) if index else ()
 
 
@@ -466,7 +451,8 @@ def _limits(shape: Ints) -> str:
     return f"at most {[n - 1 for n in shape]}" if all(shape) else "an element, and it has none"
 
 
-def _close(name: str, names: Sequence[str]) -> str | None:
+def close_names(name: str, names: Sequence[str]) -> str | None:
+    """Names that may have been meant, as a hint."""
     found = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return " or ".join(found) if found else None
 
@@ -483,5 +469,5 @@ def _unknown(
     return CallError(
         f"is {found} of {checkpoint.folder}",
         subject=name,
-        hint=_close(name, list(dict.fromkeys(names))),
+        hint=close_names(name, list(dict.fromkeys(names))),
     )

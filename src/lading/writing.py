@@ -56,7 +56,7 @@ def write(target: torch.Tensor, region: Region, values: torch.Tensor) -> None:
 
     The caller has checked shape and dtype; a shape that would broadcast is our own bug.
     """
-    view = view_of(target, region)
+    view = _own_view(target, region)
     assert view.shape == values.shape, "shapes are checked before anything is written"
     with torch.no_grad():
         if values.dtype == view.dtype == torch.float4_e2m1fn_x2:
@@ -67,7 +67,13 @@ def write(target: torch.Tensor, region: Region, values: torch.Tensor) -> None:
 
 def fill(target: torch.Tensor, region: Region) -> None:
     """Zeroes a region: declared padding, nothing else is ever filled."""
-    view_of(target, region).zero_()
+    _own_view(target, region).zero_()
+
+
+def _own_view(target: torch.Tensor, region: Region) -> torch.Tensor:
+    """`view_of` for writing: never a copy, in which what is written would be lost unnoticed."""
+    same = tuple(target.shape) == region.shape
+    return view_of(target if same else target.view(region.shape), region)
 
 
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:

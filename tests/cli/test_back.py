@@ -178,6 +178,31 @@ def test_what_needs_the_original_says_so_first(verb: str, folder: str, tmp_path:
     assert "is a pre-sharded folder, needs the original checkpoint (which other" in found.stderr
 
 
+def test_digest_names_the_rank_of_a_flipped_bit(folder: str, tmp_path: Path) -> None:
+    two, name = str(tmp_path / "two"), "model.layers.0.self_attn.o_proj.weight"
+    run("shard", folder, "--tp", "2", "-o", two)
+    file = Path(two, "model-rank-00001-of-00002.safetensors")
+    raw = bytearray(file.read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    raw[8 + size + json.loads(raw[8 : 8 + size])[name]["data_offsets"][0]] ^= 1
+    file.write_bytes(raw)
+    shown = run("digest", two)
+    fact = "rank 1 holds other bytes of region [0:96, 48:96] than were sharded "
+    fact += f"({name} in {file.name})"
+    assert shown.exit_code == 1
+    assert f"✗ {name}: {fact}" in shown.stdout.splitlines()
+    value = value_of(run("digest", two, "--json"))
+    assert value["ranks"] == [
+        {
+            "tensor": name,
+            "rank": 1,
+            "file": file.name,
+            "regions": ["[0:96, 48:96]"],
+            "parameters": [name],
+        }
+    ]
+
+
 def test_merge_says_that_torch_files_became_others(folder: str, tmp_path: Path) -> None:
     two, source = str(tmp_path / "two"), tmp_path / "torch"
     source.mkdir()

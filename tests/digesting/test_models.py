@@ -138,6 +138,16 @@ def test_a_stored_twin_of_a_tied_tensor(tmp_path: Path) -> None:
     assert hexes(found) == oracle.of_folder(tmp_path)
 
 
+def test_tensors_without_elements(tmp_path: Path) -> None:
+    tensors = {"rows": torch.zeros(0, 5), "columns": torch.zeros(4, 0), "one": torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        model.register_parameter(name, nn.Parameter(torch.empty_like(tensor)))
+    load(model, tmp_path)
+    assert hexes(lading.digest(model)) == oracle.of_folder(tmp_path)
+
+
 def test_dtypes_that_lose_nothing(three: Path) -> None:
     """bf16 values in fp32 parameters are the file's again; the check casts the file's."""
     models = models_of(three, 3, dtype=torch.float32)

@@ -92,6 +92,15 @@ def test_quantised_formats(name: str, tmp_path: Path) -> None:
         model, _ = load_pretrained(tmp_path / f"tp{most}", ranks=ranks, device="cpu")
         found = verify(source, model, ranks, names=model.names)
         assert (found.first, found.num_mismatches) == (None, 0)
+    assert lading.digest(tmp_path / f"tp{most}").ok
+    file = tmp_path / f"tp{most}" / f"model-rank-{most - 1:05}-of-{most:05}.safetensors"
+    raw = bytearray(file.read_bytes())
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    parameter = next(key for key in header if "layers.0.self_attn.o_proj" in key)
+    raw[8 + int.from_bytes(raw[:8], "little") + header[parameter]["data_offsets"][0]] ^= 1
+    file.write_bytes(raw)
+    (wrong,) = lading.digest(tmp_path / f"tp{most}").ranks
+    assert (wrong.ranks.tp_rank, wrong.parameters) == (most - 1, (parameter,))
 
 
 # ------------------------------------------------------------------------------- what is written

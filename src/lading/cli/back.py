@@ -99,14 +99,15 @@ def explain(
         raise typer.BadParameter("comes before DIR", param_hint="NAME")
 
     def work() -> tuple[bool, dict[str, Any]]:
-        from lading import explaining, preflight, report
+        from lading import explaining, explaining_bytes, preflight, report
         from lading.ranks import all_ranks
 
         before = preflight.preflight(
             path, all_ranks(size), dtype=dtype_code(dtype), straddle=straddle.value
         )
         if byte is not None:
-            found = explaining.explain_byte(before.plan, before.checkpoint, name, byte, rank=rank)
+            asked = before.plan, before.checkpoint, name, byte
+            found = explaining_bytes.explain_byte(*asked, rank=rank)
         else:
             found = explaining.explain(
                 before.plan,

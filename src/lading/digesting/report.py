@@ -166,7 +166,9 @@ def sums_by_tensor(plan: Plan, held: Held) -> tuple[dict[str, Sums], tuple[Repli
     plan   of all ranks
     held   by all ranks
     """
-    totals: dict[str, Sums] = {}
+    # Of a tensor without elements nobody holds a piece, and yet it is there.
+    bound = dict.fromkeys(binding.source for binding in plan.bindings)
+    totals = {name: Sums() for name in bound if not plan.sources[name].num_bytes}
     differing = []
     for name in holdings(plan):
         total = Sums()

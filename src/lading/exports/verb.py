@@ -173,7 +173,8 @@ def export_models(
         work = agreed(prepare, lambda done: (done.plan.digest, path, options.overwrite), group)
         found = agreed(work.compare, _no_facts, group)
         everyones = ranks_module.exchange(found, group)
-        check_replicas(work.plan.plan, [digests for digests, _ in everyones])
+        digests = [of_rank for of_rank, _ in everyones]
+        agreed(lambda: check_replicas(work.plan.plan, digests), _no_facts, group)
         padding = sorted({name for _, names in everyones for name in names})
         written = _write(work, group, options, progress, is_maker=first.tp_rank == 0)
     seconds = time.perf_counter() - began
