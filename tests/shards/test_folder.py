@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import lading
 from lading.checkpoint import open_checkpoint
 from lading.errors import LadingError, PlanError, PlanFileError
 from lading.preflight import preflight
-from lading.ranks import all_ranks
+from lading.ranks import Ranks, all_ranks
 from lading.sharding.verbs import merge, shard
 from lading.shards.folder import is_sharded, open_any, open_sharded, reading
 from lading.shards.reader import flat_boxes
@@ -226,3 +229,36 @@ def test_no_edit_of_the_manifest_is_believed(
     else:
         for file in folders[0].iterdir():
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_another_layout_in_the_manifest(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Consistent in itself, and of the same shapes at this TP size: only the rank files know."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folders[1], copy)
+    text = (copy / "lading.json").read_text()
+    edited = re.sub(r'("unit":)6\b', r"\g<1>3", text)  # a head of 6 rows
+    assert edited != text, "the plan says how long a head is"
+    (copy / "lading.json").write_text(edited)
+    with pytest.raises(
+        PlanError, match="was cut by other layouts than those of lading.json's plan"
+    ):
+        open_any(copy)
+
+
+def test_padding_in_a_rank_file_is_not_believed(tmp_path: Path) -> None:
+    """Vocabulary 101 on 2 ranks: the last row of rank 1 is padding, whatever its file has there."""
+    source = made(tmp_path / "source", vocab_size=101)
+    shard(source, tp_size=2, out=tmp_path / "tp2")
+    ranks = Ranks(tp_rank=1, tp_size=2)
+    needed = lading.from_pretrained(source, ranks=ranks, device="cpu")
+    name = "model.embed_tokens.weight"
+    rows = needed.get_parameter(name)
+    assert not rows[-1].any(), "the model pads its vocabulary"
+    with (tmp_path / "tp2" / RANK_1).open("r+b") as handle:
+        raw = handle.read()
+        length = int.from_bytes(raw[:8], "little")
+        stop = json.loads(raw[8 : 8 + length])[name]["data_offsets"][1]
+        handle.seek(8 + length + stop - 1)
+        handle.write(b"\x40")
+    found = lading.from_pretrained(tmp_path / "tp2", ranks=ranks, device="cpu")
+    assert torch.equal(found.get_parameter(name), rows)

@@ -7,6 +7,7 @@ Letters: r = tp_rank.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -22,6 +23,7 @@ __all__ = [
     "data_bytes_of_rank",
     "header_of_rank",
     "header_of_rest",
+    "layouts_id",
     "parameters_of",
     "parse_head",
     "rank_file",
@@ -87,8 +89,34 @@ def _num_bytes(target: Target, shape: tuple[int, ...]) -> int:
 def header_of_rank(plan: Plan, tp_rank: int, identity: str = _NO_ID) -> bytes:
     """The first bytes of rank r's file; as many for every identity and rank."""
     tensors = [(t.name, t.dtype, _header_shape(t, shape)) for t, shape in _held(plan)]
-    metadata = {"format": "pt", "lading.id": identity, "lading.rank": f"{tp_rank:05}"}
-    return encode_header(tensors, metadata | {"lading.tp_size": f"{plan.tp_size:05}"})
+    metadata = {"format": "pt", "lading.id": identity, "lading.layouts": layouts_id(plan)}
+    metadata |= {"lading.rank": f"{tp_rank:05}", "lading.tp_size": f"{plan.tp_size:05}"}
+    return encode_header(tensors, metadata)
+
+
+def layouts_id(plan: Plan) -> str:
+    """A sha256 of how the parameters are cut, by which a manifest that was edited is known: another
+    layout may be as consistent, and give other parameters at another TP size.
+    """
+    known = _layouts.get(id(plan))
+    if known is not None and known[0]() is plan:
+        return known[1]
+    hashed = hashlib.sha256()
+    layouts = {id(target.layout): target.layout for target in plan.targets}
+    spelled = {key: repr(layout) for key, layout in layouts.items()}
+    numbers: dict[str, int] = {}  # equal layouts may be one object or several
+    for target in plan.targets:
+        text = spelled[id(target.layout)]
+        if text not in numbers:
+            numbers[text] = len(numbers)
+            hashed.update(text.encode())
+        hashed.update(repr((target.name, target.dtype, numbers[text])).encode())
+    identity, key = hashed.hexdigest(), id(plan)
+    _layouts[key] = weakref.ref(plan, lambda _gone: _layouts.pop(key, None)), identity
+    return identity
+
+
+_layouts: dict[int, tuple[weakref.ref[Plan], str]] = {}
 
 
 def _header_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -241,6 +241,8 @@ class _Files:
             fact = f"its {key} is {have!r}, needs {wanted!r} (as {MANIFEST} says)"
             if key == "lading.id":
                 fact = f"is of another run: {fact}"
+            elif key == "lading.layouts":
+                fact = f"was cut by other layouts than those of {MANIFEST}'s plan: {fact}"
             self.problems.append(CheckpointError(fact, subject=name))
             return
         for tensor, info in needed.tensors.items():

@@ -198,9 +198,7 @@ class Transport:
     def _run(
         self, plan: Plan, share: Share, tensors: Mapping[str, torch.Tensor], advance: Advance
     ) -> Moved:
-        for fill in share.fills:
-            with torch.inference_mode(tensors[fill.target].is_inference()):
-                writing.fill(tensors[fill.target], fill.region)
+        self.fill(share, tensors)
         files = self.reader.files
         if files is None:
             return self._host().run(plan, replace(share, fills=()), tensors, advance)
@@ -255,6 +253,12 @@ class Transport:
         if fault is not None:
             source, binding = bands.owners[int(owners[min(fault.job, len(owners) - 1)])]
             raise _problem(fault, plan.sources[source], binding, opened)
+
+    def fill(self, share: Share, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Zeroes what the share declares padding."""
+        for fill in share.fills:
+            with torch.inference_mode(tensors[fill.target].is_inference()):
+                writing.fill(tensors[fill.target], fill.region)
 
     def _host(self) -> HostTransport:
         host = HostTransport(
