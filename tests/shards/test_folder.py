@@ -240,7 +240,7 @@ def test_another_layout_in_the_manifest(folders: tuple[Path, Path], tmp_path: Pa
     assert edited != text, "the plan says how long a head is"
     (copy / "lading.json").write_text(edited)
     with pytest.raises(
-        PlanError, match="was cut by other layouts than those of lading.json's plan"
+        PlanError, match=r"was cut by other layouts than those of lading\.json's plan"
     ):
         open_any(copy)
 
