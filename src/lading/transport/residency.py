@@ -17,11 +17,13 @@ __all__ = ["HugePages", "is_remote", "resident_bytes"]
 
 MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_POPULATE_WRITE = 14, 15, 23
 HUGE_PAGE_BYTES = 2**21
-PROBE_EVERY_BYTES = 16 * HUGE_PAGE_BYTES
+TRIAL_PAGES = 32
+"""64 MiB: more than a guest seems to keep of what it has given back."""
+
+PAGES_BETWEEN_PROBES = 64
 SLOW_PAGE_SECONDS = 1.5e-3
 """A page is cleared in a tenth of this."""
 
-MAX_SLOW_PAGES = 3
 CACHESTAT = 451  # the same number on every architecture
 
 REMOTE = {
@@ -69,28 +71,31 @@ class HugePages:
     """Asks for huge pages where memory is touched for the first time: fewer faults while it fills.
 
     A virtual machine whose host has taken free memory back needs 6 ms for a huge page, ten times
-    what the small pages in its place take that are still its own (benchmarks/README.md). So now and
-    then a page is asked for at once, and timed; when a few were slow, no more are asked for.
+    what the small pages in its place take that are still its own (benchmarks/README.md). So the
+    first pages are touched at once, one by one, and timed, and after them one of many; at the first
+    slow one no more are asked for.
     """
 
     def __init__(self) -> None:
         self._library = _library()
-        self._slow = 0
+        self._num_fast = 0
+        self._is_slow = False
 
     def use(self, address: int, num_bytes: int) -> None:
         """For memory at this address, whose contents stay what they are."""
         size = HUGE_PAGE_BYTES
-        first, stop = -(-address // size) * size, (address + num_bytes) // size * size
-        if self._library is None or stop <= first or self._slow >= MAX_SLOW_PAGES:
-            return
-        self._advise(first, stop - first, MADV_HUGEPAGE)
-        for at in range(first, stop, PROBE_EVERY_BYTES):
+        at, stop = -(-address // size) * size, (address + num_bytes) // size * size
+        while self._library is not None and at < stop and not self._is_slow:
+            is_trial = self._num_fast < TRIAL_PAGES
+            step = min(size if is_trial else size * PAGES_BETWEEN_PROBES, stop - at)
+            self._advise(at, step, MADV_HUGEPAGE)
             began = time.perf_counter()
             self._advise(at, size, MADV_POPULATE_WRITE)
-            self._slow += time.perf_counter() - began > SLOW_PAGE_SECONDS
-            if self._slow >= MAX_SLOW_PAGES:
-                self._advise(at, stop - at, MADV_NOHUGEPAGE)
-                return
+            self._is_slow = time.perf_counter() - began > SLOW_PAGE_SECONDS
+            self._num_fast += 1
+            if self._is_slow:
+                self._advise(at, step, MADV_NOHUGEPAGE)
+            at += step
 
     def _advise(self, address: int, num_bytes: int, advice: int) -> None:
         assert self._library is not None, "`use` has asked"
