@@ -244,9 +244,8 @@ def run_load(
                 allocate()
             started = time.perf_counter()
             moved = _execute(todo, todo.share(ranks), transport, memory, progress)
-            if (
-                todo is not plan
-            ):  # a rank's own file has its padding too, and could have anything there
+            if todo is not plan:
+                # A rank's own file has its padding too, and could have anything there.
                 transport.fill(plan.share(ranks), memory)
             lasted["move"] = time.perf_counter() - started
             return moved

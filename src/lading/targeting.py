@@ -167,5 +167,6 @@ def ranks_of(model: nn.Module) -> Ranks:
 
 
 def tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The tensors that a plan fills, by target name: not those that it only compares."""
     state = dict(state_of(model))
     return {target.name: state[target.name] for target in plan.targets if target.expected is None}

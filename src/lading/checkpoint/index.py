@@ -14,7 +14,7 @@ from typing import Any
 
 from lading.checkpoint.files import file_size, read_header, read_json
 from lading.checkpoint.folder import Entry, find_entry, is_safetensors, parse_weight_map
-from lading.checkpoint.sources import Checkpoint, Source
+from lading.checkpoint.sources import Checkpoint, Source, sources_of
 from lading.collecting import uncollected
 from lading.errors import (
     CheckpointError,
@@ -134,17 +134,7 @@ def _read_file(folder: str, file: str, problems: list[LadingError]) -> _Contents
         problems += bad
         return _Contents(sources={s.name: s for s in found}, file_bytes=size, metadata={})
     header = read_header(os.path.join(folder, file), name=file)
-    sources = {
-        name: Source(
-            name=name,
-            dtype=info.dtype,
-            shape=info.shape,
-            file=file,
-            offset_bytes=info.start,
-            num_bytes=info.stop - info.start,
-        )
-        for name, info in header.tensors.items()
-    }
+    sources = sources_of(header, file)
     return _Contents(sources=sources, file_bytes=header.file_bytes, metadata=header.metadata)
 
 

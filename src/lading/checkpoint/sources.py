@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from lading.checkpoint.files import ByteReader
-from lading.checkpoint.header import storage_shape
+from lading.checkpoint.header import Header, storage_shape
 
 __all__ = ["Checkpoint", "Reader", "SafetensorsReader", "Source"]
 
@@ -41,6 +41,21 @@ class Source:
     def storage_shape(self) -> tuple[int, ...]:
         """The shape of the torch tensor that holds it: F4 [O, I] -> [O, I / 2], others as is."""
         return storage_shape(self.dtype, self.shape)
+
+
+def sources_of(header: Header, file: str) -> dict[str, Source]:
+    """The tensors of a safetensors file, by name, in the order of its bytes."""
+    return {
+        name: Source(
+            name=name,
+            dtype=info.dtype,
+            shape=info.shape,
+            file=file,
+            offset_bytes=info.start,
+            num_bytes=info.num_bytes,
+        )
+        for name, info in header.tensors.items()
+    }
 
 
 class Reader(Protocol):

@@ -12,6 +12,7 @@ Each stands in a section of its own. JSON, beside "ok" and "command":
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,7 @@ from lading.cli.running import (
 )
 
 if TYPE_CHECKING:
+    from lading.progress import Bar
     from lading.sharding.verbs import ShardReport
 
 __all__ = ["app"]
@@ -205,20 +207,15 @@ def shard(
     as_json: Json = False,
 ) -> None:
     """Cuts a checkpoint into one file a rank, which a rank loads by one sequential read."""
-    _check_alone()
 
-    def work() -> tuple[bool, dict[str, Any]]:
-        from lading import progress
-        from lading.ranks import Ranks
+    def write(bar: Bar | None) -> ShardReport:
         from lading.sharding import verbs as sharding
 
-        bar = progress.bar_of(Ranks(), "sharding")
-        done = sharding.shard(
+        return sharding.shard(
             path, tp_size=tp, out=out, straddle=straddle.value, overwrite=overwrite, progress=bar
         )
-        return True, _written(done, as_json)
 
-    run_command("shard", work, as_json)
+    _run_alone("shard", "sharding", write, as_json)
 
 
 @app.command()
@@ -231,20 +228,15 @@ def reshard(
     as_json: Json = False,
 ) -> None:
     """Turns a folder of `lading shard` into one of another number of ranks, file to file."""
-    _check_alone()
 
-    def work() -> tuple[bool, dict[str, Any]]:
-        from lading import progress
-        from lading.ranks import Ranks
+    def write(bar: Bar | None) -> ShardReport:
         from lading.sharding import verbs as sharding
 
-        bar = progress.bar_of(Ranks(), "resharding")
-        done = sharding.reshard_files(
+        return sharding.reshard_files(
             path, tp_size=tp, out=out, overwrite=overwrite, verify=verify, progress=bar
         )
-        return True, _written(done, as_json)
 
-    run_command("reshard", work, as_json)
+    _run_alone("reshard", "resharding", write, as_json)
 
 
 @app.command()
@@ -256,18 +248,28 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Puts a folder of `lading shard` together again: the original files, byte for byte."""
+
+    def write(bar: Bar | None) -> ShardReport:
+        from lading.sharding import verbs as sharding
+
+        return sharding.merge(path, out=out, overwrite=overwrite, verify=verify, progress=bar)
+
+    _run_alone("merge", "merging", write, as_json)
+
+
+def _run_alone(
+    verb: str, doing: str, write: Callable[[Bar | None], ShardReport], as_json: bool
+) -> None:
+    """Runs a verb that writes a folder from files, in one process, and says what it wrote."""
     _check_alone()
 
     def work() -> tuple[bool, dict[str, Any]]:
         from lading import progress
         from lading.ranks import Ranks
-        from lading.sharding import verbs as sharding
 
-        bar = progress.bar_of(Ranks(), "merging")
-        done = sharding.merge(path, out=out, overwrite=overwrite, verify=verify, progress=bar)
-        return True, _written(done, as_json)
+        return True, _written(write(progress.bar_of(Ranks(), doing)), as_json)
 
-    run_command("merge", work, as_json)
+    run_command(verb, work, as_json)
 
 
 def _check_alone() -> None:

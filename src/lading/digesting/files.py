@@ -27,10 +27,10 @@ from lading.shards.held import RankDifference, differing_ranks
 
 __all__ = [
     "copy_sums_of_file",
+    "differing_ranks_of",
     "digest_of_checkpoint",
     "digest_of_path",
     "digest_of_shards",
-    "differing_ranks_of",
     "region_blocks",
     "region_sums",
     "tensor_sums",

@@ -20,7 +20,7 @@ from lading.ranks import Ranks
 from lading.routes import holdings, pieces
 from lading.shards.held import RankDifference
 
-__all__ = ["DigestReport", "Difference", "Held", "ReplicaDifference", "TensorDigestValue"]
+__all__ = ["Difference", "DigestReport", "Held", "ReplicaDifference", "TensorDigestValue"]
 
 Held = Mapping[tuple[str, int, int], Sums]
 """By (checkpoint tensor, number of its piece, number of the piece's holder)."""

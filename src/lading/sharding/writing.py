@@ -22,6 +22,7 @@ from lading.checkpoint import (
     Reader,
     Source,
     check_output_folder,
+    sources_of,
 )
 from lading.checkpoint.files import file_size
 from lading.errors import CheckpointError, ConflictError, FileError, LadingError, PlanError
@@ -249,17 +250,7 @@ def _places(
 ) -> dict[str, Source]:
     """Where a file that is to be written has its tensors."""
     header = parse_head(head_of(name, None), sizes[name])
-    return {
-        tensor: Source(
-            name=tensor,
-            dtype=info.dtype,
-            shape=info.shape,
-            file=name,
-            offset_bytes=info.start,
-            num_bytes=info.num_bytes,
-        )
-        for tensor, info in header.tensors.items()
-    }
+    return sources_of(header, name)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from lading.checkpoint import (
     read_json,
 )
 from lading.checkpoint.files import file_size
-from lading.checkpoint.sources import SafetensorsReader
+from lading.checkpoint.sources import SafetensorsReader, sources_of
 from lading.errors import (
     CheckpointError,
     ConfigError,
@@ -221,17 +221,7 @@ class _Files:
         if len(self.problems) > before:
             return {}
         self.file_bytes[name] = size
-        return {
-            tensor: Source(
-                name=tensor,
-                dtype=info.dtype,
-                shape=info.shape,
-                file=name,
-                offset_bytes=info.start,
-                num_bytes=info.num_bytes,
-            )
-            for tensor, info in found.tensors.items()
-        }
+        return sources_of(found, name)
 
     def _compare(self, name: str, found: Header, needed: Header) -> None:
         for key, wanted in needed.metadata.items():
