@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lading.resharding.verb import ReshardReport, reshard
     from lading.sharding.foreign import describe_shards
     from lading.sharding.verbs import ShardReport, merge, reshard_files, shard
-    from lading.transport import Limits
+    from lading.transport import Limits, release_pinned
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "merge",
     "name_parameters",
     "open_checkpoint",
+    "release_pinned",
     "reshard",
     "reshard_files",
     "shard",
@@ -88,6 +89,7 @@ _HOMES = {
     "merge": "sharding.verbs",
     "name_parameters": "owners",
     "open_checkpoint": "checkpoint",
+    "release_pinned": "transport",
     "reshard": "resharding.verb",
     "reshard_files": "sharding.verbs",
     "shard": "sharding.verbs",

@@ -14,7 +14,7 @@ import torch
 
 from lading.errors import DeviceError
 from lading.transport import cuda
-from lading.transport.cuda import Gpu, Gpus, cuda_problem
+from lading.transport.cuda import Gpu, Gpus, cuda_problem, release_pinned
 from lading.transport.engine import Engine
 
 from .made import ENGINES, neighbours, opened
@@ -83,8 +83,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return found
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_kept", cuda._Kept())
+
+
 def settle() -> None:
-    """Memory is unlocked by a thread that nobody waits for."""
+    """Memory of a load that failed is unlocked by a thread that nobody waits for."""
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
@@ -140,8 +145,61 @@ def test_no_more_is_locked_than_allowed(driver: Driver, limit: int, threads: int
         assert gpus.ready(DEVICE) is gpu
         assert gpu.threads == threads
         assert driver.most_bytes <= max(limit, 2 * 8192)
+    assert sum(driver.locked.values()) == gpu.pinned_bytes, "kept for the next load"
+    release_pinned()
+    assert driver.locked == {}
+    release_pinned()  # once more does nothing
+
+
+def test_the_next_load_has_the_memory_of_the_last(driver: Driver) -> None:
+    def load(threads: int = 2) -> Gpu:
+        with Gpus(threads=threads, depth=1, buffer_bytes=5000, pinned_bytes=1 << 20) as gpus:
+            return gpus.ready(DEVICE)
+
+    first = load()
+    assert load() is first
+    second = load(threads=3)
+    assert second is not first, "it has another shape"
+    assert sum(driver.locked.values()) == second.pinned_bytes, "never both"
+    other = torch.device("cuda", 1)
+    with Gpus(threads=3, depth=1, buffer_bytes=5000, pinned_bytes=1 << 20) as gpus:
+        third = gpus.ready(other)
+    assert third is not second, "each GPU has its own"
+    assert load(threads=3) is second
+    release_pinned()
+    assert driver.locked == {}
+    assert load(threads=3) is not second
+
+
+def test_after_a_failure_nothing_is_kept(driver: Driver) -> None:
+    with (
+        pytest.raises(RuntimeError, match="of the load"),
+        Gpus(threads=2, depth=1, buffer_bytes=4096, pinned_bytes=1 << 20) as gpus,
+    ):
+        gpus.ready(DEVICE)
+        raise RuntimeError("of the load")
     settle()
     assert driver.locked == {}
+
+
+def test_two_loads_at_once_leave_one_memory(driver: Driver) -> None:
+    def gpus() -> Gpus:
+        return Gpus(threads=2, depth=1, buffer_bytes=4096, pinned_bytes=1 << 20)
+
+    with gpus() as one, gpus() as two:
+        assert one.ready(DEVICE) is not two.ready(DEVICE)
+        assert len(driver.locked) == 2
+    assert len(driver.locked) == 1
+
+
+def test_a_fork_takes_nothing_from_its_parent(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Gpus(threads=2, depth=1, buffer_bytes=4096, pinned_bytes=1 << 20) as gpus:
+        gpus.ready(DEVICE)
+    monkeypatch.setattr(cuda.os, "getpid", lambda: -1)
+    release_pinned()
+    assert len(driver.locked) == 1, "it is the parent's"
 
 
 def test_words_of_the_driver(driver: Driver) -> None:

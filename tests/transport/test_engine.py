@@ -387,6 +387,19 @@ def test_buffers_are_used_in_turn_and_not_too_early(native: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize("native", ENGINES)
+@pytest.mark.parametrize("direct", [0, 1])
+def test_more_threads_than_a_word_has_bits(native: bool, direct: int, tmp_path: Path) -> None:
+    """The native engine notes in one word which threads have their place in a slab."""
+    work = neighbours(300, UNIT, direct=direct)
+    engine = Engine(threads=70, chunk_bytes=UNIT, native=native)
+    with opened(work.write(tmp_path), direct=bool(direct)) as files:
+        for depth in (1, 3):
+            work.memory[:] = 0xEE
+            assert engine.run(work.jobs, files, device=FakeGpu(70, depth, UNIT)) is None
+            assert work.is_done()
+
+
+@pytest.mark.parametrize("native", ENGINES)
 def test_no_jobs_and_empty_ones(native: bool) -> None:
     asked = []
     engine = Engine(native=native)

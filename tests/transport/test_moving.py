@@ -194,7 +194,6 @@ def small_units(native: bool, *, on_gpu: bool = False) -> Iterator[None]:
             moving, "Engine", lambda **o: Engine(**{"chunk_bytes": CHUNK, **o, **options})
         )
         patch.setattr(moving, "COLD_CHUNK_BYTES", CHUNK)
-        patch.setattr(moving, "GPU_CHUNK_BYTES", CHUNK)
         patch.setattr(sorting, "BATCH_COPIES", 3)
         if on_gpu:
             patch.setattr(torch, "empty", on_host)
@@ -495,6 +494,7 @@ def test_threads_are_shared_by_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPat
     assert count(Limits(), 1, "cpu") == moving.MAX_HOST_THREADS
     assert count(Limits(), 1, "cuda") == moving.MAX_GPU_THREADS
     assert count(Limits(), 8, "cuda") == 3
+    assert count(Limits(), 2, "cuda") == 11, "one of 12 cores starts the copies"
     assert count(Limits(), 100, "cpu") == 1
     assert count(Limits(num_threads=7), 100, "cpu") == 7
 

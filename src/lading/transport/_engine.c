@@ -1,18 +1,19 @@
 /* Moves runs of bytes from files to memory, with threads that never enter the interpreter.
  *
- * Why it is here: the copies of a load are known beforehand and are many; issued from Python threads
- * they wait for each other (benchmarks/README.md, "the engine"). What it does is also written in
- * Python (engine.py), is tested against that, and knows nothing of torch: addresses, file descriptors
- * and, for a GPU, the functions of the CUDA driver come in as numbers.
+ * Why it is here: copies that Python threads issue wait for each other (benchmarks/README.md, "The
+ * engine"). The same is written in Python (python_engine.py), and tested against it. It knows nothing of
+ * torch: addresses, file descriptors and the functions of the CUDA driver come in as numbers.
  *
  * A job is a grid of equal runs: run i of `rows` lies at offset + i * file_stride in the file and at
  * target + i * target_stride in memory. Jobs are cut into units of at most `chunk` bytes; small
  * neighbours share one. A thread takes the next unit and reads it with as few calls as can be (a gap
- * of at most `gap` bytes is read too, into a place that nobody looks at). Where the target is on a GPU
- * it reads into a page-locked buffer, and one thread more starts all copies from there: several that
- * did so would wait for each other in the driver.
+ * of at most `gap` bytes is read too, into a place that nobody looks at). No mapping is ever touched, so
+ * that a file that shrinks is a short read and not a SIGBUS.
  *
- * No mapping is ever touched, so that a file that shrinks is a short read and not a SIGBUS.
+ * Where the target is on a GPU, neighbouring units are a pack: they are read side by side into one slab
+ * of page-locked memory, and leave it together, in as few copies as can be. One thread more starts all
+ * copies: several that did so would wait for each other in the driver. The slab that is free last is the
+ * first to be taken, and threads have their places in all: so it is in the caches of their cores.
  */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
@@ -29,62 +30,49 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_SEGMENTS = 1024, BLOCK = 4096, NOT_READY = 600 };
+enum { MAX_SEGMENTS = 1024, BLOCK = 4096, NOT_READY = 600, NAP_NS = 10000 };
+enum { FAILED_READ = 1, FILE_ENDED = 2, FAILED_CUDA = 3, NO_MEMORY = 4 };
 #define MAX_CHUNK ((int64_t)1 << 29) /* with its gaps less than what one preadv reads */
 
 typedef struct { int64_t file, offset, target, run, rows, file_stride, target_stride, direct; } job_t;
-
-/* Bytes [begin, end) of one job's runs laid end to end, or all of the jobs `job` to `last`. */
-typedef struct { int64_t job, last, begin, end; } unit_t;
-
+/* Bytes [begin, end) of one job's runs laid end to end, or all of the jobs `job` to `last`. For a GPU: its
+ * pack, its place in the slab, and the file's offset at which a direct read began. */
+typedef struct { int64_t job, last, begin, end, pack, place, first; } unit_t;
+/* The units [begin, end), in one slab (-1: in none yet); `left` are not read yet, bit i of `untaken` is unit i. */
+typedef struct { int64_t begin, end, slab, left; uint64_t untaken; } pack_t;
 typedef struct { int64_t fd, direct_fd; /* -1: none */ } file_t;
-
 /* Of the CUDA driver: each returns 0 where all is well. */
 typedef struct {
-    int (*set_context)(void *);
-    int (*copy)(uint64_t, const void *, size_t, void *);
-    int (*copy_2d)(const void *, void *);
-    int (*event_create)(void **, unsigned);
-    int (*event_record)(void *, void *);
-    int (*event_query)(void *);
-    int (*event_wait)(void *);
-    int (*event_destroy)(void *);
-    void *context;
+    int (*set_context)(void *), (*copy)(uint64_t, const void *, size_t, void *), (*copy_2d)(const void *, void *);
+    int (*event_create)(void **, unsigned), (*event_record)(void *, void *), (*event_query)(void *);
+    int (*event_wait)(void *), (*event_destroy)(void *); void *context;
 } cuda_t;
 
-enum { FAILED_READ = 1, FILE_ENDED = 2, FAILED_CUDA = 3, NO_MEMORY = 4 };
-
 typedef struct { long long kind, code, job, offset, wanted, got; } fault_t;
-
-typedef struct { /* a page-locked buffer: unit i goes through buffer i modulo their number */
-    char *memory;
-    int64_t first; /* the file's offset at which a direct read began */
-    int filled;
-} buffer_t;
 
 typedef struct { /* what one thread works with */
     struct run *run;
     pthread_t id;
-    char *gap, *bounce;
-    struct iovec *iov;
+    char *gap, *bounce; struct iovec *iov;
     int64_t read, calls, read_ns, wait_ns; /* its own: threads that count in one place wait for each other */
 } worker_t;
 
 typedef struct run {
     PyObject *args; /* hold the memory of the tables */
-    job_t *jobs;
-    file_t *files;
-    unit_t *units;
-    int64_t num_jobs, num_units, chunk, gap, threads, buffer_bytes, num_buffers, num_streams;
-    buffer_t *buffers;
-    void **events; /* one for each buffer */
+    job_t *jobs; file_t *files; unit_t *units; pack_t *packs;
+    int64_t num_jobs, num_units, chunk, gap, threads, buffer_bytes, num_streams;
+    char *memory; /* page-locked: slabs, one after another */
+    int64_t slab_bytes, num_slabs, num_free, num_packs, open; /* packs before `open` are taken wholly */
+    int64_t until; /* units from this one on are not taken any more: it could not be read */
+    int64_t *free, *full; /* slabs of which the last is taken next; packs that are read and not yet sent */
+    void **events; /* one for each slab */
     int64_t *streams;
     cuda_t *cuda; /* NULL: targets are host memory */
     worker_t *workers; /* with a GPU the first one submits, the others read */
-    int64_t started, readers, arrived; /* units before `arrived` have left their buffers */
+    int64_t started, readers;
     long long read, calls, read_ns, wait_ns; /* of threads that have ended */
-    atomic_llong next, running, moved;
-    atomic_int stop; /* & 1: no unit is begun any more; & 2: nor is any read, as buffers may be in use */
+    atomic_llong next, running, moved, num_full;
+    atomic_int stop; /* & 1: nothing is sent any more; & 6: nor is any unit begun. The host's are begun in order */
     pthread_mutex_t lock;
     pthread_cond_t ended, freed, fed;
     fault_t fault;
@@ -101,7 +89,7 @@ static int fail(run_t *r, fault_t fault) {
     if (!f->kind || fault.job < f->job || (fault.job == f->job && fault.offset < f->offset))
         *f = fault;
     pthread_mutex_unlock(&r->lock);
-    atomic_fetch_or(&r->stop, fault.kind == FAILED_CUDA ? 3 : 1);
+    atomic_fetch_or(&r->stop, fault.kind == FAILED_CUDA || fault.kind == NO_MEMORY ? 3 : 1);
     return -1;
 }
 
@@ -116,10 +104,9 @@ static int read_all(worker_t *w, int64_t job, int fd, struct iovec *iov, int cou
         w->calls++;
         if (got < 0 && errno == EINTR)
             continue;
-        if (got < 0)
-            return fail(r, (fault_t){FAILED_READ, errno, job, offset + done, wanted, done});
-        if (got == 0)
-            return fail(r, (fault_t){FILE_ENDED, 0, job, offset, wanted, done});
+        if (got <= 0)
+            return fail(r, got ? (fault_t){FAILED_READ, errno, job, offset + done, wanted, done}
+                               : (fault_t){FILE_ENDED, 0, job, offset, wanted, done});
         done += got, w->read += got;
         for (; count && (size_t)got >= iov->iov_len; iov++, count--)
             got -= (ssize_t)iov->iov_len;
@@ -129,10 +116,7 @@ static int read_all(worker_t *w, int64_t job, int fd, struct iovec *iov, int cou
     return 0;
 }
 
-typedef struct { /* segments that are neighbours in the file, not yet read */
-    int64_t job, first, next;
-    int fd, count;
-} batch_t;
+typedef struct { int64_t job, first, next; int fd, count; } batch_t; /* neighbours in the file, not yet read */
 
 static int flush(worker_t *w, batch_t *b) {
     int bad = b->count ? read_all(w, b->job, b->fd, w->iov, b->count, b->first, b->next - b->first) : 0;
@@ -161,9 +145,15 @@ static int add(worker_t *w, batch_t *b, int64_t job, int64_t offset, char *into,
 
 /* Job k of a unit: its bytes [begin, end). */
 static job_t *part_of(run_t *r, const unit_t *u, int64_t k, int64_t *begin, int64_t *end) {
-    int group = u->last > u->job;
-    *begin = group ? 0 : u->begin, *end = group ? r->jobs[k].run : u->end;
+    *begin = u->begin, *end = k > u->job ? r->jobs[k].run : u->end;
     return &r->jobs[k];
+}
+
+static int64_t bytes_of(run_t *r, const unit_t *u) {
+    int64_t sum = u->end - u->begin;
+    for (int64_t k = u->job + 1; k <= u->last; k++)
+        sum += r->jobs[k].run;
+    return sum;
 }
 
 /* The dense bytes of a job from byte `at` of its runs on, before `end`: where they are on either side. */
@@ -191,17 +181,23 @@ static int read_usual(worker_t *w, unit_t *u, char *packed) {
 
 static int64_t offset_of(const job_t *j, int64_t at) { return j->offset + at / j->run * j->file_stride + at % j->run; }
 
+static int64_t blocks(int64_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
+
+/* From the first block of a unit to its last byte. */
+static int64_t span_of(run_t *r, const unit_t *u, int64_t *first) {
+    int64_t begin, end;
+    *first = offset_of(&r->jobs[u->job], u->begin) / BLOCK * BLOCK;
+    job_t *j = part_of(r, u, u->last, &begin, &end);
+    return offset_of(j, end - 1) + 1 - *first;
+}
+
 /* The whole span of a unit with O_DIRECT: offset, length and memory are multiples of BLOCK. Whatever
  * such a read cannot do, the usual one does, or says why not. */
 static int read_direct(worker_t *w, unit_t *u, char *buffer, int64_t *first) {
     run_t *r = w->run;
     file_t *file = &r->files[r->jobs[u->job].file];
-    int64_t begin, end;
-    job_t *j = part_of(r, u, u->job, &begin, &end);
-    *first = offset_of(j, begin) / BLOCK * BLOCK;
-    j = part_of(r, u, u->last, &begin, &end);
-    int64_t needed = offset_of(j, end - 1) + 1 - *first, length = (needed + BLOCK - 1) / BLOCK * BLOCK;
-    struct iovec one = {buffer, (size_t)length};
+    int64_t needed = span_of(r, u, first);
+    struct iovec one = {buffer, (size_t)blocks(needed)};
     if (file->direct_fd >= 0) {
         ssize_t got = preadv((int)file->direct_fd, &one, 1, *first);
         w->calls++;
@@ -228,10 +224,8 @@ static int host_unit(worker_t *w, unit_t *u) {
     int64_t first;
     if (!w->run->jobs[u->job].direct)
         return read_usual(w, u, NULL);
-    if (read_direct(w, u, w->bounce, &first))
-        return -1;
-    scatter(w->run, u, w->bounce, first);
-    return 0;
+    int bad = read_direct(w, u, w->bounce, &first);
+    return bad ? bad : (scatter(w->run, u, w->bounce, first), 0);
 }
 
 /* Starts the copy of bytes [begin, end) of a job from `host`, whose rows are `pitch` bytes apart. */
@@ -247,141 +241,155 @@ static int launch(run_t *r, job_t *j, int64_t begin, int64_t end, char *host, in
     return r->cuda->copy_2d(c, stream);
 }
 
-/* Reads a unit into its buffer as soon as nothing is copied from that any more, and hands it on. */
-static int cuda_unit(worker_t *w, int64_t at) {
+/* The next unit for a thread: in the first two packs that have some left the one in its own place, so
+ * that it mostly fills memory which is in its core's cache; else what slower ones have left in the first.
+ * Before a unit that could not be read all are taken, so that the first fault is told. -1: none is left. */
+static int64_t take(worker_t *w) {
+    run_t *r = w->run;
+    int64_t found = -1, me = (w - r->workers - 1) % 64, t = now_ns();
+    pthread_mutex_lock(&r->lock);
+    while (found < 0 && r->open < r->num_packs && !(atomic_load(&r->stop) & 6)) {
+        pack_t *p = &r->packs[r->open], *next = p + 1; /* after the last there is one of no units */
+        uint64_t mine = (uint64_t)1 << me;
+        for (pack_t *one = p; one <= next; one++)
+            if (one->untaken && one->slab < 0 && r->num_free)
+                one->slab = r->free[--r->num_free];
+        if (!p->untaken) {
+            r->open++;
+        } else if (p->slab < 0) {
+            pthread_cond_wait(&r->freed, &r->lock);
+        } else if (p->begin + __builtin_ctzll(p->untaken) >= r->until) {
+            break;
+        } else {
+            p += !(p->untaken & mine) && next->slab >= 0 && next->untaken & mine && next->begin + me < r->until;
+            int64_t bit = p->untaken & mine && p->begin + me < r->until ? me : __builtin_ctzll(p->untaken);
+            p->untaken ^= (uint64_t)1 << bit, found = p->begin + bit;
+        }
+    }
+    pthread_mutex_unlock(&r->lock);
+    w->wait_ns += now_ns() - t;
+    return found;
+}
+
+/* Reads a unit into the slab of its pack, and hands that on when it is full. */
+static void cuda_unit(worker_t *w, int64_t at) {
     run_t *r = w->run;
     unit_t *u = &r->units[at];
-    buffer_t *b = &r->buffers[at % r->num_buffers];
+    pack_t *p = &r->packs[u->pack];
     int64_t t = now_ns();
-    pthread_mutex_lock(&r->lock);
-    while (at >= r->arrived + r->num_buffers && !atomic_load(&r->stop))
-        pthread_cond_wait(&r->freed, &r->lock);
-    int is_free = at < r->arrived + r->num_buffers && !(atomic_load(&r->stop) & 2);
-    pthread_mutex_unlock(&r->lock);
-    if (!is_free) /* else it is read even after a fault of a later unit: the first fault is told */
-        return -1;
-    w->wait_ns += now_ns() - t, t = now_ns();
-    if (r->jobs[u->job].direct ? read_direct(w, u, b->memory, &b->first) : read_usual(w, u, b->memory))
-        return -1;
+    char *into = r->memory + p->slab * r->slab_bytes + u->place;
+    int bad = r->jobs[u->job].direct ? read_direct(w, u, into, &u->first) : read_usual(w, u, into);
     w->read_ns += now_ns() - t;
     pthread_mutex_lock(&r->lock);
-    b->filled = 1;
-    pthread_cond_signal(&r->fed);
+    r->until = bad && at < r->until ? at : r->until;
+    if (!--p->left) {
+        r->full[r->num_full++] = u->pack;
+        pthread_cond_signal(&r->fed);
+    }
     pthread_mutex_unlock(&r->lock);
+}
+
+/* Whether a unit goes on where the one before it ends, on both sides: one copy. */
+static int joins(run_t *r, const unit_t *before, const unit_t *u) {
+    job_t *j = &r->jobs[u->job];
+    return before->last == u->job && u->last == u->job && before->job == u->job && before->end == u->begin &&
+           !j->direct && (j->rows == 1 || j->target_stride == j->run);
+}
+
+/* Starts the copies of a pack, whose units are read. Returns 0, or -1 after a failure. */
+static int send_pack(run_t *r, pack_t *p, void *stream) {
+    for (int64_t at = p->begin, next; at < p->end; at = next) {
+        unit_t *u = &r->units[at];
+        int64_t into = u->place, sum = bytes_of(r, u);
+        for (next = at + 1; next < p->end && joins(r, &r->units[next - 1], &r->units[next]); next++)
+            sum += bytes_of(r, &r->units[next]);
+        for (int64_t k = u->job, begin, end, bad; k <= u->last; k++, into += end - begin) {
+            job_t *j = part_of(r, u, k, &begin, &end);
+            end = next > at + 1 ? begin + sum : end;
+            char *host = r->memory + p->slab * r->slab_bytes;
+            host += j->direct ? u->place + offset_of(j, begin) - u->first : into;
+            if ((bad = launch(r, j, begin, end, host, j->direct ? j->file_stride : j->run, stream)))
+                return cuda_failed(r, k, (int)bad);
+        }
+        atomic_fetch_add(&r->moved, sum);
+    }
     return 0;
 }
 
-static void note_moved(run_t *r, unit_t *u) {
-    for (int64_t k = u->job, begin, end; k <= u->last; k++)
-        part_of(r, u, k, &begin, &end), atomic_fetch_add(&r->moved, end - begin);
-}
-
-/* How many units from `at` on, up to `stop`, are one piece of memory on both sides: one copy. */
-static int64_t joined(run_t *r, int64_t at, int64_t stop) {
-    int64_t k = at;
-    for (; k + 1 < stop; k++) {
-        unit_t *u = &r->units[k], *v = u + 1;
-        job_t *j = &r->jobs[u->job];
-        char *memory = r->buffers[k % r->num_buffers].memory + (u->end - u->begin);
-        if (u->last > u->job || v->last > v->job || u->job != v->job || u->end != v->begin || j->direct ||
-            (j->rows > 1 && j->target_stride != j->run) || memory != r->buffers[(k + 1) % r->num_buffers].memory)
-            break;
-    }
-    return k + 1 - at;
-}
-
-/* Starts the copies of the units `at` to `stop`, which are filled. */
-static int send_units(run_t *r, int64_t at, int64_t stop, void *stream) {
-    int bad = 0;
-    while (at < stop && !bad) {
-        int64_t count = joined(r, at, stop), into = 0;
-        unit_t *u = &r->units[at];
-        buffer_t *b = &r->buffers[at % r->num_buffers];
-        for (int64_t k = u->job, begin, end; k <= u->last && !bad; k++) {
-            job_t *j = part_of(r, u, k, &begin, &end);
-            if (count > 1)
-                end = r->units[at + count - 1].end;
-            char *host = b->memory + (j->direct ? offset_of(j, begin) - b->first : into);
-            if ((bad = launch(r, j, begin, end, host, j->direct ? j->file_stride : j->run, stream)))
-                cuda_failed(r, k, bad);
-            into += end - begin;
-        }
-        for (; count && !bad; count--)
-            note_moved(r, &r->units[at++]);
-    }
-    return bad;
-}
-
-/* The unit after those that are filled from `sent` on, a quarter of the buffers at most; waits for one
- * where none is under way. -1 where there will be none any more. */
-static int64_t filled_until(run_t *r, int64_t sent) {
-    int64_t stop = sent, most = r->num_buffers / 4 > 0 ? r->num_buffers / 4 : 1;
+/* Packs to send into `packs`; waits for one unless copies are under way. -1: there will be none any more. */
+static int64_t take_full(run_t *r, int64_t *packs, int64_t under_way) {
+    if (under_way && !atomic_load(&r->num_full))
+        return 0; /* not one lock for each look: the readers need it */
     pthread_mutex_lock(&r->lock);
-    while (!r->buffers[sent % r->num_buffers].filled && r->arrived == sent && r->readers)
+    while (!r->num_full && r->readers && !under_way)
         pthread_cond_wait(&r->fed, &r->lock);
-    while (stop < sent + most && stop < r->arrived + r->num_buffers && r->buffers[stop % r->num_buffers].filled)
-        r->buffers[stop++ % r->num_buffers].filled = 0;
-    if (stop == sent && r->arrived == sent && !r->readers)
-        stop = -1;
+    int64_t n = atomic_exchange(&r->num_full, 0);
+    memcpy(packs, r->full, sizeof(int64_t) * (size_t)n);
+    int is_over = !n && !under_way && !r->readers;
     pthread_mutex_unlock(&r->lock);
-    return stop;
+    return is_over ? -1 : n;
 }
 
-/* The submitting thread: sends units in their order, as many as are ready in one copy, and frees their
- * buffers when they have arrived. It spins only while copies are on their way. After a fault it still
- * waits for those: nothing may be in flight in the end. */
+static void give_back(run_t *r, int64_t slab) {
+    pthread_mutex_lock(&r->lock);
+    r->free[r->num_free++] = slab;
+    pthread_cond_broadcast(&r->freed);
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* The submitting thread: sends packs as they are ready, and gives their slabs back when they have
+ * arrived. After a fault it still waits for those: nothing
+ * may be in flight in the end. */
 static void submit(run_t *r) {
-    int64_t sent = 0, begun = 0, ended = 0, stop, n = r->num_buffers;
-    int64_t *ends = calloc((size_t)n, sizeof(int64_t)); /* of what is on its way: where each batch ends */
-    int code = ends ? r->cuda->set_context(r->cuda->context) : 2;
+    int64_t n = r->num_slabs, begun = 0, ended = 0, count;
+    int64_t *slabs = calloc((size_t)n * 2, sizeof(int64_t)), *packs = slabs + n; /* those on their way, in order */
+    int code = slabs ? r->cuda->set_context(r->cuda->context) : 2;
     for (int64_t i = 0; i < n && !code; i++)
         code = r->cuda->event_create(&r->events[i], 2); /* without timing */
     if (code)
         cuda_failed(r, 0, code);
-    while (ends && (stop = filled_until(r, sent)) >= 0) {
-        if (stop > sent && !atomic_load(&r->stop)) {
-            void *stream = (void *)(intptr_t)r->streams[begun % r->num_streams];
-            send_units(r, sent, stop, stream);
-            /* Also after a failure: some copies may be under way. */
-            if ((code = r->cuda->event_record(r->events[begun % n], stream)))
-                cuda_failed(r, r->units[sent].job, code);
-            ends[begun++ % n] = sent = stop;
-        } else if (stop > sent) {
-            sent = ends[begun++ % n] = stop; /* its event is of an earlier copy, or of none */
+    while (slabs && (count = take_full(r, packs, begun - ended)) >= 0) {
+        if (!count)
+            nanosleep(&(struct timespec){0, NAP_NS}, NULL); /* its core is worth more to a reader */
+        for (int64_t i = 0; i < count; i++) {
+            pack_t *p = &r->packs[packs[i]];
+            if (atomic_load(&r->stop)) {
+                give_back(r, p->slab);
+                continue;
+            }
+            void *stream = (void *)(intptr_t)r->streams[packs[i] % r->num_streams];
+            send_pack(r, p, stream); /* after a failure some copies may be under way */
+            if ((code = r->cuda->event_record(r->events[p->slab], stream)))
+                cuda_failed(r, r->units[p->begin].job, code);
+            slabs[begun++ % n] = p->slab;
         }
-        while (ended < begun) {
-            code = r->events[ended % n] ? r->cuda->event_query(r->events[ended % n]) : 0;
+        for (; ended < begun; ended++) {
+            code = r->cuda->event_query(r->events[slabs[ended % n]]);
             if (code == NOT_READY)
                 break;
             if (code && !atomic_load(&r->stop))
                 cuda_failed(r, r->num_jobs, code);
-            pthread_mutex_lock(&r->lock);
-            r->arrived = ends[ended++ % n];
-            pthread_cond_broadcast(&r->freed);
-            pthread_mutex_unlock(&r->lock);
+            give_back(r, slabs[ended % n]);
         }
     }
     for (int64_t i = 0; i < n; i++)
         if (r->events[i])
             r->cuda->event_destroy(r->events[i]);
-    free(ends);
+    free(slabs);
 }
 
 static void read_units(worker_t *w) {
     run_t *r = w->run;
-    w->iov = malloc(sizeof(struct iovec) * MAX_SEGMENTS);
-    w->gap = malloc((size_t)r->gap + 1);
+    w->iov = malloc(sizeof(struct iovec) * MAX_SEGMENTS), w->gap = malloc((size_t)r->gap + 1);
     if (!r->cuda && posix_memalign((void **)&w->bounce, BLOCK, (size_t)r->buffer_bytes))
         w->bounce = NULL;
     if (!w->iov || !w->gap || (!r->cuda && !w->bounce))
         fail(r, (fault_t){NO_MEMORY, ENOMEM, 0, 0, 0, 0});
-    while (!atomic_load(&r->stop)) {
-        int64_t at = atomic_fetch_add(&r->next, 1);
-        if (at >= r->num_units || (r->cuda ? cuda_unit(w, at) : host_unit(w, &r->units[at])))
-            break;
-        if (!r->cuda)
-            note_moved(r, &r->units[at]);
-    }
+    for (int64_t at; r->cuda && (at = take(w)) >= 0;)
+        cuda_unit(w, at);
+    for (int64_t at; !r->cuda && !atomic_load(&r->stop) && (at = atomic_fetch_add(&r->next, 1)) < r->num_units;)
+        if (!host_unit(w, &r->units[at]))
+            atomic_fetch_add(&r->moved, bytes_of(r, &r->units[at]));
     free(w->iov), free(w->gap), free(w->bounce);
 }
 
@@ -389,24 +397,18 @@ static void *work(void *argument) {
     worker_t *w = argument;
     run_t *r = w->run;
     int submits = r->cuda && w == r->workers;
-    if (submits)
-        submit(r);
-    else
-        read_units(w);
+    submits ? submit(r) : read_units(w);
     pthread_mutex_lock(&r->lock);
     r->read += w->read, r->calls += w->calls, r->read_ns += w->read_ns, r->wait_ns += w->wait_ns;
     r->readers -= !submits;
     pthread_cond_broadcast(&r->fed), pthread_cond_broadcast(&r->freed);
-    if (atomic_fetch_sub(&r->running, 1) == 1)
-        pthread_cond_broadcast(&r->ended);
+    atomic_fetch_sub(&r->running, 1), pthread_cond_broadcast(&r->ended);
     pthread_mutex_unlock(&r->lock);
     return NULL;
 }
 
 /* The most bytes of a unit: a direct read is widened to whole blocks, and has to fit a buffer too. */
-static int64_t room_of(run_t *r, job_t *j) {
-    return j->direct && r->chunk >= 4 * BLOCK ? r->chunk - 2 * BLOCK : r->chunk;
-}
+static int64_t room_of(run_t *r, job_t *j) { return r->chunk - (j->direct && r->chunk >= 4 * BLOCK ? 2 * BLOCK : 0); }
 
 /* Bytes of a job's runs that fit one unit: whole rows, or a piece of one long row. */
 static int64_t unit_step(run_t *r, job_t *j) {
@@ -434,18 +436,14 @@ static int cut_units(run_t *r) {
             }
         }
         for (int64_t at = 0; at < total;) {
-            int64_t end = at + step, row_end = at - at % j->run + j->run;
-            if (step < j->run && end > row_end)
-                end = row_end; /* of a long row */
-            end = end < total ? end : total;
-            if (n == room) {
-                unit_t *more = realloc(r->units, sizeof(unit_t) * (size_t)(room = room * 2 + 64));
-                if (!more)
-                    return -1;
-                r->units = more;
-            }
-            r->units[n++] = (unit_t){k, last, at, end};
-            at = last > k ? total : end;
+            int64_t end = at + step, stop = step < j->run ? at - at % j->run + j->run : total; /* of a long row */
+            end = end < stop ? end : stop;
+            unit_t *more = n < room ? r->units : realloc(r->units, sizeof(unit_t) * (size_t)(room = room * 2 + 64));
+            if (!more)
+                return -1;
+            r->units = more;
+            r->units[n++] = (unit_t){k, last, at, end, 0, 0, 0};
+            at = end;
         }
         k = last + 1;
     }
@@ -453,10 +451,28 @@ static int cut_units(run_t *r) {
     return 0;
 }
 
+/* Units into packs: one for each thread, or as many neighbours as a slab holds. */
+static int cut_packs(run_t *r) {
+    int64_t n = 0, place = 0, first, most = r->threads < 64 ? r->threads : 64;
+    r->packs = calloc((size_t)r->num_units + 2, sizeof(pack_t));
+    for (int64_t at = 0; r->packs && at < r->num_units; at++) {
+        unit_t *u = &r->units[at];
+        int64_t room = r->jobs[u->job].direct ? blocks(span_of(r, u, &first)) : bytes_of(r, u);
+        place = r->jobs[u->job].direct ? blocks(place) : place;
+        if (!n || place + room > r->slab_bytes || r->packs[n - 1].left == most)
+            r->packs[n++] = (pack_t){at, at, -1, 0, 0}, place = 0;
+        pack_t *p = &r->packs[n - 1];
+        p->untaken |= (uint64_t)1 << p->left++, p->end = at + 1;
+        u->pack = n - 1, u->place = place, place += room;
+    }
+    r->num_packs = n, r->until = r->num_units;
+    return !r->packs;
+}
+
 static void destroy(run_t *r) {
     for (int64_t i = 0; i < r->started; i++)
         pthread_join(r->workers[i].id, NULL);
-    free(r->workers), free(r->units), free(r->buffers), free(r->events);
+    free(r->workers), free(r->units), free(r->packs), free(r->free), free(r->full), free(r->events);
     pthread_mutex_destroy(&r->lock), pthread_cond_destroy(&r->ended);
     pthread_cond_destroy(&r->freed), pthread_cond_destroy(&r->fed);
     free(r);
@@ -468,11 +484,9 @@ static void begin_threads(run_t *r) {
     sigfillset(&all); /* signals are for the interpreter's own thread */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&r->lock);
-    for (worker_t *w = r->workers; r->started < count; r->started++, w++) {
-        w->run = r;
-        if (pthread_create(&w->id, NULL, work, w))
+    for (worker_t *w = r->workers; r->started < count; r->started++, w++)
+        if ((w->run = r, pthread_create(&w->id, NULL, work, w)))
             break;
-    }
     int64_t readers = r->readers = r->started - (r->cuda && r->started); /* they begin, and may end, now */
     atomic_store(&r->running, r->started);
     pthread_mutex_unlock(&r->lock);
@@ -482,31 +496,28 @@ static void begin_threads(run_t *r) {
 }
 
 static run_t *run_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, "lading.run"); }
-
 static void forget(PyObject *capsule) {
-    run_t *r = run_of(capsule);
-    if (!r)
-        return;
+    run_t *r = run_of(capsule); /* which is one: the capsule is of this file */
     PyObject *args = r->args;
-    atomic_fetch_or(&r->stop, 1);
+    atomic_fetch_or(&r->stop, 7);
     Py_BEGIN_ALLOW_THREADS
     destroy(r);
     Py_END_ALLOW_THREADS
     Py_DECREF(args);
 }
 
-static int prepare(run_t *r, const int64_t *addresses) {
+static int prepare(run_t *r) {
     pthread_condattr_t by_clock;
     pthread_condattr_init(&by_clock), pthread_condattr_setclock(&by_clock, CLOCK_MONOTONIC);
-    pthread_mutex_init(&r->lock, NULL), pthread_cond_init(&r->ended, &by_clock);
+    pthread_mutex_init(&r->lock, NULL), pthread_cond_init(&r->ended, &by_clock), pthread_condattr_destroy(&by_clock);
     pthread_cond_init(&r->freed, NULL), pthread_cond_init(&r->fed, NULL);
-    pthread_condattr_destroy(&by_clock);
     r->workers = calloc((size_t)r->threads + 1, sizeof(worker_t));
-    r->buffers = calloc((size_t)r->num_buffers + 1, sizeof(buffer_t));
-    r->events = calloc((size_t)r->num_buffers + 1, sizeof(void *));
-    for (int64_t i = 0; r->buffers && i < r->num_buffers; i++)
-        r->buffers[i].memory = (char *)(intptr_t)addresses[i];
-    int bad = !r->workers || !r->buffers || !r->events || cut_units(r);
+    size_t slabs = (size_t)r->num_slabs + 1;
+    r->free = calloc(slabs, sizeof(int64_t)), r->full = calloc(slabs, sizeof(int64_t));
+    r->events = calloc(slabs, sizeof(void *));
+    for (int64_t i = r->num_slabs; r->free && i > 0; i--)
+        r->free[r->num_free++] = i - 1;
+    int bad = !r->workers || !r->free || !r->full || !r->events || cut_units(r) || (r->cuda && cut_packs(r));
     if (r->num_units < r->threads)
         r->threads = r->num_units ? r->num_units : 1;
     return bad;
@@ -515,7 +526,7 @@ static int prepare(run_t *r, const int64_t *addresses) {
 static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args) {
     const char *tables[5];
     Py_ssize_t sizes[5];
-    long long threads, chunk, gap, buffer_bytes;
+    long long threads, chunk, gap, buffer_bytes; /* of a slab, where there are any */
     if (!PyArg_ParseTuple(args, "y#y#y#y#y#LLLL", &tables[0], &sizes[0], &tables[1], &sizes[1], &tables[2], &sizes[2],
                           &tables[3], &sizes[3], &tables[4], &sizes[4], &threads, &chunk, &gap, &buffer_bytes))
         return NULL;
@@ -524,22 +535,19 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args) {
         return PyErr_NoMemory();
     r->jobs = (job_t *)tables[0], r->num_jobs = sizes[0] / (Py_ssize_t)sizeof(job_t);
     r->files = (file_t *)tables[1];
-    r->num_buffers = sizes[2] / (Py_ssize_t)sizeof(int64_t);
+    const int64_t *slabs = sizes[2] == 2 * sizeof(int64_t) ? (const int64_t *)tables[2] : (int64_t[2]){0, 0};
+    r->memory = (char *)(intptr_t)slabs[0], r->num_slabs = slabs[1], r->slab_bytes = buffer_bytes;
     r->streams = (int64_t *)tables[3], r->num_streams = sizes[3] / (Py_ssize_t)sizeof(int64_t);
     r->cuda = sizes[4] ? (cuda_t *)tables[4] : NULL;
     r->threads = threads, r->chunk = chunk, r->gap = gap, r->buffer_bytes = buffer_bytes;
     if (threads < 1 || chunk < BLOCK || chunk > MAX_CHUNK || gap < 0 || (sizes[4] && sizes[4] != sizeof(cuda_t)) ||
-        (r->cuda ? r->num_buffers < 1 || r->num_streams < 1 || chunk < 4 * BLOCK || buffer_bytes < chunk
+        (r->cuda ? r->num_slabs < 1 || r->num_streams < 1 || chunk < 4 * BLOCK || buffer_bytes < chunk
                  : buffer_bytes < chunk + 2 * BLOCK)) {
         free(r);
-        PyErr_SetString(PyExc_ValueError, "threads, chunk, gap, buffers or streams are out of range");
+        PyErr_SetString(PyExc_ValueError, "threads, chunk, gap, slabs or streams are out of range");
         return NULL;
     }
-    PyObject *capsule = NULL;
-    if (prepare(r, (const int64_t *)tables[2]))
-        PyErr_NoMemory();
-    else
-        capsule = PyCapsule_New(r, "lading.run", forget);
+    PyObject *capsule = prepare(r) ? PyErr_NoMemory() : PyCapsule_New(r, "lading.run", forget);
     if (!capsule)
         return destroy(r), NULL;
     Py_INCREF(r->args = args);
@@ -550,17 +558,16 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args) {
 static PyObject *wait_for(PyObject *Py_UNUSED(self), PyObject *args) {
     PyObject *capsule;
     double seconds;
+    int over;
     run_t *r = PyArg_ParseTuple(args, "Od", &capsule, &seconds) ? run_of(capsule) : NULL;
     if (!r)
         return NULL;
-    int over;
     Py_BEGIN_ALLOW_THREADS
     int64_t ns = now_ns() + (int64_t)(seconds * 1e9);
     struct timespec until = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
     pthread_mutex_lock(&r->lock);
-    while (atomic_load(&r->running) > 0)
-        if (pthread_cond_timedwait(&r->ended, &r->lock, &until) == ETIMEDOUT)
-            break;
+    while (atomic_load(&r->running) > 0 && pthread_cond_timedwait(&r->ended, &r->lock, &until) != ETIMEDOUT)
+        ;
     over = atomic_load(&r->running) <= 0;
     pthread_mutex_unlock(&r->lock);
     Py_END_ALLOW_THREADS
@@ -569,29 +576,22 @@ static PyObject *wait_for(PyObject *Py_UNUSED(self), PyObject *args) {
 
 static PyObject *stop(PyObject *Py_UNUSED(self), PyObject *capsule) {
     run_t *r = run_of(capsule);
-    if (!r)
-        return NULL;
-    atomic_fetch_or(&r->stop, 1);
-    Py_RETURN_NONE;
+    return r ? atomic_fetch_or(&r->stop, 7), Py_BuildValue("") : NULL;
 }
 
 static PyObject *result(PyObject *Py_UNUSED(self), PyObject *capsule) {
     run_t *r = run_of(capsule);
     if (!r)
         return NULL;
-    if (atomic_load(&r->running) > 0) {
-        PyErr_SetString(PyExc_ValueError, "the run has not ended");
-        return NULL;
-    }
+    if (atomic_load(&r->running) > 0)
+        return PyErr_SetString(PyExc_ValueError, "the run has not ended"), NULL;
     fault_t *f = &r->fault;
     return Py_BuildValue("(LLLLLL)(LLLLL)", f->kind, f->code, f->job, f->offset, f->wanted, f->got, r->read,
                          atomic_load(&r->moved), r->calls, r->read_ns, r->wait_ns);
 }
 
 static PyMethodDef methods[] = {{"start", start, METH_VARARGS, NULL}, {"wait", wait_for, METH_VARARGS, NULL},
-                                {"stop", stop, METH_O, NULL}, {"result", result, METH_O, NULL},
-                                {NULL, NULL, 0, NULL}};
-
+                                {"stop", stop, METH_O, NULL}, {"result", result, METH_O, NULL}, {0}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_engine", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__engine(void) { return PyModule_Create(&module); }

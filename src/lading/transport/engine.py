@@ -86,7 +86,7 @@ class Device(Protocol):
 
     @property
     def addresses(self) -> Sequence[int]:
-        """Of the buffers, a multiple of `threads`."""
+        """Of the buffers, a multiple of `threads`, which lie one after another."""
 
     @property
     def streams(self) -> Sequence[int]:
@@ -228,6 +228,11 @@ def _table(numbers: Iterable[int]) -> bytes:
     return np.fromiter(numbers, dtype=np.int64).tobytes()
 
 
+def _slabs(device: Device | None) -> Sequence[int]:
+    """Where the slabs of a device begin and how many there are: each is a buffer for each thread."""
+    return (device.addresses[0], len(device.addresses) // device.threads) if device else ()
+
+
 class _NativeRun:
     def __init__(
         self, engine: Engine, jobs: Jobs, files: Sequence[tuple[int, int]], device: Device | None
@@ -243,13 +248,15 @@ class _NativeRun:
         self._run = self._module.start(
             self._jobs.tobytes(),
             _table(number for pair in self._files for number in pair),
-            _table(device.addresses if device else ()),
+            _table(_slabs(device)),
             _table(device.streams if device else ()),
             _table(device.table if device else ()),
             device.threads if device else engine.threads,
             engine.chunk_bytes,
             engine.gap_bytes,
-            device.buffer_bytes if device else engine.chunk_bytes + 2 * BLOCK_BYTES,
+            device.threads * device.buffer_bytes
+            if device
+            else engine.chunk_bytes + 2 * BLOCK_BYTES,
         )
 
     def wait(self, seconds: float) -> tuple[bool, int]:

@@ -32,7 +32,7 @@ from lading.plan import Plan, Share
 from lading.regions import Copy, Region, reordered
 from lading.transport import engine as engines
 from lading.transport.cuda import Gpu, Gpus, cuda_problem
-from lading.transport.engine import Engine, Fault, Stats
+from lading.transport.engine import Engine, Fault, Stats, native_engine
 from lading.transport.exchange import Bands, Exchange, plan_exchange
 from lading.transport.host import (
     DEFAULT_STAGING_BYTES,
@@ -66,10 +66,16 @@ MIN_CHUNK_BYTES = 64 * 2**10
 """A direct read is not worth its call below this, whatever the limits say."""
 
 MAX_HOST_THREADS = 4
-MAX_GPU_THREADS = 12
-DEPTH = 2
+MAX_GPU_THREADS = 14
+SPARE_CORES = 8
+"""One core of so many is left to the thread that starts the copies, and to the interpreter."""
 
-GPU_CHUNK_BYTES = 2 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**10
+DEPTH = 8
+"""Page-locked buffers of this size for each thread: more leave the processor's cache."""
+
+PYTHON_CHUNK_FACTOR = 4
+"""The engine in Python takes this many of them at once: each of its copies costs more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +123,7 @@ class Transport:
                 cache gives each rank, and a cold file is read from the disk once anyway. True:
                 also with gloo, and between hosts
     sharing     which tensors take part; None = what `exchange` says
+    meanwhile   what the caller has to do while bytes are being moved; called at most once
     """
 
     reader: Reader
@@ -130,6 +137,7 @@ class Transport:
     group: ProcessGroup | None = None
     exchange: bool | None = None
     sharing: Sharing | None = None
+    meanwhile: Callable[[], None] | None = None
     _exchange: Exchange | None = None
     _is_settled: bool = False
 
@@ -209,6 +217,9 @@ class Transport:
         def meanwhile() -> None:
             self._finish_exchange(advance)
             sorting.prepare()
+            others, self.meanwhile = self.meanwhile, None
+            if others is not None:
+                others()
 
         while (straight := sorting.take()) is not None:
             for device, work in straight.items():
@@ -303,12 +314,13 @@ class Transport:
             engine.chunk_bytes = min(
                 COLD_CHUNK_BYTES, max(self.limits.staging_bytes, MIN_CHUNK_BYTES)
             )
-        if device.type == "cuda":
-            engine.chunk_bytes = GPU_CHUNK_BYTES
+        gpu = self._gpu(device) if device.type == "cuda" else None
+        if gpu is not None:
+            engine.chunk_bytes = gpu.buffer_bytes
         fault = engine.run(
             jobs,
             opened.descriptors,
-            device=self._gpu(device) if device.type == "cuda" else None,
+            device=gpu,
             advance=advance,
             meanwhile=meanwhile,
         )
@@ -355,7 +367,8 @@ class Transport:
         """
         assert self.reader.files is not None, "only plain files are read by the engine"
         opened = Opened(self.reader.files, self.direct)
-        engine, gpu = Engine(chunk_bytes=GPU_CHUNK_BYTES), self._gpu(device)
+        gpu = self._gpu(device)
+        engine = Engine(chunk_bytes=gpu.buffer_bytes)
         half = max(min(self.limits.device_bytes, VALUES_BYTES) // 2, ALIGN_BYTES)
         halves = [torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)]
         before: list[_Landed] = []
@@ -459,15 +472,24 @@ def num_threads(limits: Limits, num_local: int, device_type: str) -> int:
     if limits.num_threads is not None:
         return limits.num_threads
     cores = max(1, _num_cores() // max(1, num_local))
-    return min(cores, MAX_GPU_THREADS if device_type == "cuda" else MAX_HOST_THREADS)
+    if device_type == "cuda":
+        return min(cores - cores // SPARE_CORES, MAX_GPU_THREADS)
+    return min(cores, MAX_HOST_THREADS)
+
+
+def gpu_buffers(native: bool) -> tuple[int, int]:
+    """The bytes of each page-locked buffer, and how many each thread has; of either engine."""
+    factor = 1 if native else PYTHON_CHUNK_FACTOR
+    return GPU_CHUNK_BYTES * factor, max(1, DEPTH // factor)
 
 
 def gpus_for(limits: Limits, num_local: int) -> Gpus:
     """Page-locked memory for whatever GPU is asked for; unlocked when it is closed."""
+    buffer_bytes, depth = gpu_buffers(native_engine() is not None)
     return Gpus(
         threads=num_threads(limits, num_local, "cuda"),
-        depth=DEPTH,
-        buffer_bytes=GPU_CHUNK_BYTES,
+        depth=depth,
+        buffer_bytes=buffer_bytes,
         pinned_bytes=limits.pinned_bytes,
     )
 
@@ -499,4 +521,4 @@ def _problem(fault: Fault, source: Source, copy: Copy | Binding, opened: Opened)
 
 
 def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if "sched_getaffinity" in vars(os) else os.cpu_count() or 1
