@@ -172,12 +172,13 @@ def test_the_next_load_has_the_memory_of_the_last(driver: Driver) -> None:
 
 
 def test_after_a_failure_nothing_is_kept(driver: Driver) -> None:
-    with (
-        pytest.raises(RuntimeError, match="of the load"),
-        Gpus(threads=2, depth=1, buffer_bytes=4096, pinned_bytes=1 << 20) as gpus,
-    ):
-        gpus.ready(DEVICE)
-        raise RuntimeError("of the load")
+    def load() -> None:
+        with Gpus(threads=2, depth=1, buffer_bytes=4096, pinned_bytes=1 << 20) as gpus:
+            gpus.ready(DEVICE)
+            raise RuntimeError("of the load")
+
+    with pytest.raises(RuntimeError, match="of the load"):
+        load()
     settle()
     assert driver.locked == {}
 

@@ -229,7 +229,7 @@ def _table(numbers: Iterable[int]) -> bytes:
 
 
 def _slabs(device: Device | None) -> Sequence[int]:
-    """Where the slabs of a device begin and how many there are: each is a buffer for each thread."""
+    """Where the slabs of a device begin and how many there are: each is one buffer a thread."""
     return (device.addresses[0], len(device.addresses) // device.threads) if device else ()
 
 
