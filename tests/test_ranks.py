@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +117,53 @@ def test_join_world_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks_module.join_world(device_type="cpu") is False
 
 
+@pytest.mark.parametrize(("local", "gpu"), [("1", 1), ("6", 2), (None, 3)])
+def test_join_world_takes_this_process_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, local: str | None, gpu: int
+) -> None:
+    """Before the group is made: each rank's first collective would go to GPU 0 otherwise."""
+    done: list[object] = []
+    launcher = {"RANK": "7", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", done.append)
+    assert ranks_module.join_world(device_type="cuda") is True
+    assert done == [gpu, "nccl"]
+    assert ranks_module.join_world(device_type="cpu") is True
+    assert done == [gpu, "nccl", "gloo"]
+
+
+@pytest.mark.parametrize("bound", [None, torch.device("cuda", 2)])
+def test_verdicts_go_by_the_gpu_of_the_group(
+    monkeypatch: pytest.MonkeyPatch, bound: torch.device | None
+) -> None:
+    """Not by the current one, where the group was bound to another."""
+    current: list[object] = ["the current one"]
+
+    @contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def gather(value: object, size: int, _group: object) -> list[object]:
+        return [value, size, current[-1]]
+
+    group: Any = SimpleNamespace(bound_device_id=bound)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _group: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda _group: "nccl")
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(ranks_module, "_exchange_on_gpu", gather)
+    found = ranks_module.exchange("well", group)
+    assert found == ["well", 2, bound or "the current one"]
+    assert current == ["the current one"]
+
+
 def in_a_group(rank: int, folder: str) -> None:
     """What one of two processes sees; writes it down for the test."""
     ranks = Ranks(tp_rank=rank, tp_size=2)
@@ -128,6 +177,9 @@ def in_a_group(rank: int, folder: str) -> None:
     group = ranks_module.group_of(ranks, None)
     assert group is not None
     seen["exchange"] = ranks_module.exchange({"rank": rank}, group)
+    for name, sizes in (("long", (4000, 9000)), ("longest", (4090, 4080)), ("empty", (0, 0))):
+        found = ranks_module.exchange(b"\x80" * sizes[rank], group)
+        seen[name] = [one == b"\x80" * n for one, n in zip(found, sizes, strict=True)]
     tensor = torch.tensor([[1.0, 2.0, 3.0]]) * (rank + 1)
     seen["gather"] = ranks_module.all_gather(tensor, ranks, None).tolist()
     seen["reduce"] = ranks_module.all_reduce(tensor, ranks, group).tolist()
@@ -150,6 +202,9 @@ def test_two_processes(tmp_path: Path) -> None:
             "a dry run of 3 is alone": True,
             "joins once": False,
             "exchange": [{"rank": 0}, {"rank": 1}],
+            "long": [True, True],
+            "longest": [True, True],
+            "empty": [True, True],
             "gather": [[1.0, 2.0, 3.0, 2.0, 4.0, 6.0]],
             "reduce": [[3.0, 6.0, 9.0]],
             "other": f"group: the process group says rank {rank} of 2, needs rank {other} of 2.",

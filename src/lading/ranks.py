@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,12 @@ def join_world(*, device_type: str) -> bool:
         return False
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return False
+    if device_type == "cuda":
+        import torch
+
+        # What NCCL is asked for first goes by the current GPU, which is 0 in every new process.
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        torch.cuda.set_device(local % torch.cuda.device_count())
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return True
 
@@ -195,9 +201,21 @@ def exchange(value: Any, group: ProcessGroup | None) -> list[Any]:
 
     values: list[Any] = [None] * dist.get_world_size(group)
     if dist.get_backend(group) == "nccl":
-        return _exchange_on_gpu(value, len(values), group)
+        import torch
+
+        # A group that was bound to a GPU means that one, whatever the current one is.
+        bound = gpu_of(group)
+        with nullcontext() if bound is None else torch.cuda.device(bound):
+            return _exchange_on_gpu(value, len(values), group)
+    if dist.get_backend(group) == "gloo":
+        return _exchange_on_cpu(value, len(values), group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gpu_of(group: ProcessGroup) -> torch.device | None:
+    """The GPU that a group was bound to when it was made (`device_id=`), None where it was not."""
+    return group.bound_device_id
 
 
 NOTE_BYTES = 4096
@@ -207,19 +225,46 @@ def _exchange_on_gpu(value: Any, size: int, group: ProcessGroup) -> list[Any]:
     """As all_gather_object, in one collective instead of two where the values are small: verdicts
     are, and each collective that the host waits for costs a millisecond.
     """
-    import pickle
-
     import torch
     import torch.distributed as dist
 
-    data = pickle.dumps(value)
-    note = torch.zeros(8 + NOTE_BYTES, dtype=torch.uint8)
-    note[:8] = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
-    if len(data) <= NOTE_BYTES:
-        note[8 : 8 + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    note = _note(value)
     notes = torch.empty(size * len(note), dtype=torch.uint8, device="cuda")
     dist.all_gather_into_tensor(notes, note.to("cuda"), group=group)
-    found = [one.numpy().tobytes() for one in notes.cpu().view(size, -1)]
+    return _values(notes.cpu(), value, size, group)
+
+
+def _exchange_on_cpu(value: Any, size: int, group: ProcessGroup) -> list[Any]:
+    """The same with gloo."""
+    import torch
+    import torch.distributed as dist
+
+    note = _note(value)
+    notes = torch.empty(size, len(note), dtype=torch.uint8, device="cpu")
+    dist.all_gather(list(notes), note, group=group)
+    return _values(notes.view(-1), value, size, group)
+
+
+def _note(value: Any) -> torch.Tensor:
+    """A value's length as pickled, and its bytes where they are few; of one size on all ranks."""
+    import pickle
+
+    import torch
+
+    data = pickle.dumps(value)
+    kept = data if len(data) <= NOTE_BYTES else b""
+    note = bytearray(len(data).to_bytes(8, "little") + kept.ljust(NOTE_BYTES, b"\0"))
+    return torch.frombuffer(note, dtype=torch.uint8)
+
+
+def _values(notes: torch.Tensor, value: Any, size: int, group: ProcessGroup) -> list[Any]:
+    """What the notes of all ranks say; by another way where one of them had no room."""
+    import pickle
+
+    import torch.distributed as dist
+
+    data: bytes = notes.numpy().tobytes()
+    found = [data[at : at + 8 + NOTE_BYTES] for at in range(0, len(data), 8 + NOTE_BYTES)]
     lengths = [int.from_bytes(one[:8], "little") for one in found]
     if max(lengths) > NOTE_BYTES:  # all ranks see the same lengths
         values: list[Any] = [None] * size

@@ -86,6 +86,24 @@ def test_cold_runs_are_told_from_warm_ones(folder: str) -> None:
     assert "does not say" in text(replace(found, runs=(replace(run, resident=None),)), cold=True)
 
 
+def test_a_gpu_is_started_before_its_memory_is_counted(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank runs in this process, where nobody has asked for a GPU before."""
+    begun: list[torch.device] = []
+
+    def count(device: torch.device) -> None:
+        if device not in begun:
+            raise RuntimeError("Invalid device argument 1: did you call init?")
+        raise KeyboardInterrupt  # far enough without a GPU
+
+    monkeypatch.setattr(bench, "device_of", lambda ranks, device: "cuda:1")
+    monkeypatch.setattr(torch.cuda, "set_device", begun.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", count)
+    with pytest.raises(KeyboardInterrupt):
+        alone(folder, runs=1, against=())
+
+
 def test_a_peer_that_fails_is_a_line(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_job: Job) -> None:
         raise ValueError("no such\nluck")

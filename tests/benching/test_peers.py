@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +133,42 @@ def test_streamed_tensors(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     everything = iter([*stored.items(), ("nobody.wants.it", torch.zeros(3))])
     assert same(peers._streamed(everything, job(folder, 1)), expected(folder, 1))
+
+
+@pytest.mark.parametrize(("is_cold", "backend"), [(False, "mapped"), (True, None)])
+def test_instanttensor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_cold: bool, backend: str | None
+) -> None:
+    """As 0.2.2 is called; warm files it reads by the backend that uses the page cache."""
+    seen: list[dict[str, Any]] = []
+
+    class Opened:
+        def __init__(self, files: list[str], **options: Any) -> None:
+            self.files = files
+            seen.append(options)
+
+        def __enter__(self) -> Opened:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for file in self.files:
+                yield from load_file(file).items()
+
+    package = SimpleNamespace(safe_open=Opened, Backend=SimpleNamespace(MMAP="mapped"))
+    monkeypatch.setitem(sys.modules, "instanttensor", package)
+    found = PEERS["instanttensor"].fill(replace(job(folder, 2), is_cold=is_cold))
+    assert same(found, expected(folder, 2))
+    (options,) = seen
+    assert options == {
+        "framework": "pt",
+        "device": 0,
+        "process_group": None,
+        "copy": False,
+        "backend": backend,
+    }
 
 
 def test_versions() -> None:

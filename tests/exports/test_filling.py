@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lading
+from lading import ranks as ranks_module
 from lading.errors import FileError
 from lading.exports import filling
 from lading.exports.filling import Filling
-from lading.exports.live import live_parameters
+from lading.exports.live import Live, live_parameters
 from lading.exports.plan import plan_export
 from lading.loading import origin_of
 from lading.ranks import Ranks
+from lading.transport import moving
 from tests.loading_made import indices, on_meta, save, shapes
 from tests.schemes.cutting import fixture
 
@@ -107,3 +110,44 @@ def test_the_error_of_a_thread_is_raised(tmp_path: Path, monkeypatch: pytest.Mon
         lading.export(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     assert len(calls) == 4  # what was not begun was left out
+
+
+def test_as_many_threads_as_this_process_has_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as many as torch computes with: torchrun says one."""
+    folder = save(tmp_path / "in", indices(shapes(), torch.float32))
+    model = on_meta(Ranks(), dtype=torch.float32)
+    lading.load(model, folder)
+    seen: list[int] = []
+    real = filling._run
+    monkeypatch.setattr(moving, "_num_cores", lambda: 6)
+    monkeypatch.setattr(filling, "_run", lambda *args: (seen.append(args[3]), real(*args))[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        lading.export(model, tmp_path / "out")
+        monkeypatch.setattr(ranks_module, "num_local", lambda group: 3)
+        lading.export(model, tmp_path / "again")
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [filling.MAX_THREADS, 2]
+
+
+def test_what_a_stream_still_writes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the caller's thread, once for each GPU: the threads have streams of their own."""
+    waited: list[torch.device] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def synchronize(self) -> None:
+            waited.append(self.device)
+
+    places = [torch.device(name) for name in ("cpu", "cuda:1", "cuda:1", "cuda:0")]
+    tensors = {str(i): SimpleNamespace(device=place) for i, place in enumerate(places)}
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    live = Live(ranks=Ranks(), targets=(), tensors=tensors)  # type: ignore[arg-type]
+    filling._finish_writes([live])
+    assert waited == [torch.device("cuda:1"), torch.device("cuda:0")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 
 import lading
 from lading.errors import DtypeError, NotLoadedError
+from lading.exports import live
 from lading.exports.live import blocks, boxes, bytes_of, has_bits, live_parameters
 from lading.nn import RowParallelLinear
 from lading.parameter import BasevLLMParameter, permute_param_layout_
@@ -94,6 +97,29 @@ def test_a_contiguous_block_is_not_copied() -> None:
     ((_, data),) = blocks(target, copy, "F32", 10**6)
     target[2, 0] = 1.0
     assert np.frombuffer(data, dtype=np.float32)[0] == 1.0
+
+
+def test_bytes_of_a_gpu_go_through_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One buffer for each thread, which grows; here of memory that is not locked."""
+    asked: list[tuple[int, bool]] = []
+    real = torch.empty
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        asked.append((size, pin_memory))
+        return real(size, dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(live, "_thread", live._Thread())
+    monkeypatch.setattr(torch, "empty", empty)
+    values = torch.arange(90, dtype=torch.uint8)
+    taken = [live._fetched(values[:n]) for n in (40, 30, 60)]
+    assert asked == [(40, True), (60, True)]
+    assert taken[0].data_ptr() == taken[1].data_ptr()
+    assert [t.tolist() for t in taken[1:]] == [list(range(30)), list(range(60))]
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(live._fetched, values).result()
+    assert other.tolist() == list(range(90))
+    assert taken[2].tolist() == list(range(60))  # another thread's buffer is another
 
 
 # --------------------------------------------------------------------------------- changes of dtype

@@ -16,7 +16,7 @@ from lading.layouts import Axis, Cut, Layout
 from lading.plan import Plan, Target, make_plan
 from lading.ranks import all_ranks
 from lading.specs import dense_specs
-from lading.transport.rounds import Rounds, Sharing, plan_rounds
+from lading.transport.rounds import AUTOMATIC, Rounds, Sharing, plan_rounds
 
 from ..oracles import index_of, numbered, take
 from .test_moving import Case, cases
@@ -116,6 +116,8 @@ def test_a_round_has_room(case: Case, bucket_bytes: int) -> None:
 
 
 ROW = Layer.row(4 * 1024, 512).layout(WEIGHT, 4)  # [512, 4096] -> [512, 1024]
+TWO = Layer.row(2 * 256, 4096).layout(WEIGHT, 2)  # runs of 1 KiB, every other
+EIGHT = Layer.row(8 * 256, 4096).layout(WEIGHT, 8)
 WHOLE = Layer.replicated(512, 2048).layout(WEIGHT, 4)
 
 
@@ -126,6 +128,10 @@ WHOLE = Layer.replicated(512, 2048).layout(WEIGHT, 4)
         pytest.param(ROW, (512, 4096), Sharing(run_bytes=4096), False, id="no shorter than that"),
         pytest.param(ROW, (512, 4096), Sharing(share_bytes=2**21), True, id="just enough"),
         pytest.param(ROW, (512, 4096), Sharing(share_bytes=2**21 + 1), False, id="too little"),
+        pytest.param(ROW, (512, 4096), AUTOMATIC, False, id="long runs are read as fast"),
+        pytest.param(TWO, (4096, 512), AUTOMATIC, False, id="half of the gaps are kept anyway"),
+        pytest.param(TWO, (4096, 512), Sharing(cost=2.0), True, id="the same, but asked for"),
+        pytest.param(EIGHT, (4096, 2048), AUTOMATIC, True, id="1 of 8 KiB: four more a call"),
         pytest.param(WHOLE, (2048, 512), Sharing(), True, id="replicated"),
         pytest.param(
             Layer.replicated(511, 512).layout(WEIGHT, 4), (512, 511), Sharing(), False, id="small"

@@ -138,11 +138,14 @@ def bench_rank(
     from lading import progress
 
     refuse_sharded(path)
+    place = torch.device(device_of(ranks, device))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # starts it: a GPU at rest has no memory to count
     bench = _Bench(
         path=path,
         ranks=ranks,
         group=ranks_module.group_of(ranks, None),
-        place=torch.device(device_of(ranks, device)),
+        place=place,
         dtype=dtype,
         straddle=straddle,
         options=options,
@@ -278,6 +281,7 @@ class _Bench:
             share=origin.plan.share(self.ranks),
             device=self.place,
             group=self.group,
+            is_cold=self.options.cold,
         )
 
     def _peer(

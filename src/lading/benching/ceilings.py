@@ -102,7 +102,8 @@ def host_to_device_rate(device: torch.device) -> float:
     """Bytes that go from page-locked memory to the GPU, in pieces of 64 MiB."""
     import torch
 
-    pinned = torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
+    with torch.cuda.device(device):  # the memory is locked for it
+        pinned = torch.ones(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
     pinned.to(device)
     torch.cuda.synchronize(device)
     moved, began = 0, time.perf_counter()

@@ -27,13 +27,17 @@ __all__ = ["PEERS", "Job", "Peer"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a peer has to do: the same as lading, on the same rank."""
+    """What a peer has to do: the same as lading, on the same rank.
+
+    is_cold   the files are not in the page cache
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     share: Share
     device: torch.device
     group: ProcessGroup | None
+    is_cold: bool = False
     _by_file: dict[str, dict[str, list[Copy]]] = field(default_factory=dict)
 
     @property
@@ -173,7 +177,9 @@ def _streamed(tensors: Iterator[tuple[str, Any]], job: Job) -> dict[str, torch.T
 
 def _instanttensor(job: Job) -> dict[str, torch.Tensor]:
     package = import_module("instanttensor")
-    options = {"process_group": job.group, "copy": False, "backend": package.Backend.MMAP}
+    # Its own choice reads past the page cache, whatever that has.
+    backend = None if job.is_cold else package.Backend.MMAP
+    options = {"process_group": job.group, "copy": False, "backend": backend}
     files = [os.path.join(job.checkpoint.folder, f) for f in sorted(job.checkpoint.file_bytes)]
     number = job.device.index or 0
     with package.safe_open(files, framework="pt", device=number, **options) as handle:

@@ -1,13 +1,14 @@
 """Fills the files of an export: each process writes the bytes that its ranks answer for.
 
 A piece is written in blocks, each block run by run where its elements are not neighbours in the
-file. Blocks lie in host memory, one a thread; a parameter on the CPU is written from where it is.
+file. Blocks lie in host memory, one a thread, page-locked for parameters of a GPU; a parameter on
+the CPU is written from where it is.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from lading.loading import Progress
 from lading.ranks import Ranks
 from lading.regions import Copy, Runs
 from lading.specs import Constant
+from lading.transport import Limits
+from lading.transport.moving import num_threads
 
 __all__ = ["Filling"]
 
@@ -64,6 +67,7 @@ class Filling:
     lives           the parameters of this process's ranks
     place, num_processes   the others write what is theirs
     staging_bytes   what all threads together copy at a time
+    num_local       processes of this host, which share its cores
     """
 
     plan: ExportPlan
@@ -71,11 +75,14 @@ class Filling:
     place: int
     num_processes: int
     staging_bytes: int
+    num_local: int = 1
 
     def run(self, folder: OutputFolder, progress: Progress | None) -> int:
         """Writes the share into the files; how many bytes."""
-        num_threads = max(1, min(torch.get_num_threads(), MAX_THREADS))
-        limit = max(1, self.staging_bytes // num_threads // _COPIES)
+        # Not as many as torch computes with: torchrun sets that to one.
+        count = min(num_threads(Limits(), self.num_local, "cpu"), MAX_THREADS)
+        limit = max(1, self.staging_bytes // count // _COPIES)
+        _finish_writes(self.lives.values())
         with ExitStack() as stack:
             reader = None
             if any(other.source is not None for other in self.plan.others.values()):
@@ -93,7 +100,7 @@ class Filling:
             if progress is not None:
                 progress.start(sum(job.num_bytes for job in jobs))
                 stack.callback(progress.finish)
-            _run(jobs, writers, counted, num_threads)
+            _run(jobs, writers, counted, count)
         return counted.num_bytes
 
     def _copy_jobs(self, limit: int) -> Iterator[Job]:
@@ -122,6 +129,16 @@ class Filling:
                 assert reader is not None, "there is a reader where there are sources"
                 make = partial(_read, reader, other.source, limit)
             yield Job(place=place, first=place.offset_bytes, num_bytes=place.num_bytes, blocks=make)
+
+
+def _finish_writes(lives: Iterable[Live]) -> None:
+    """Waits for what this thread's streams still write into parameters: other threads have others,
+    which would not.
+    """
+    tensors = (tensor for live in lives for tensor in live.tensors.values())
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def _copied(tensor: torch.Tensor, copy: Copy, dtype: str, limit: int) -> Iterator[Block]:
@@ -168,7 +185,7 @@ def _run_of(at: int, count: int) -> Runs:
 
 
 def _run(
-    jobs: Sequence[Job], writers: Mapping[str, FileWriter], counted: _Count, num_threads: int
+    jobs: Sequence[Job], writers: Mapping[str, FileWriter], counted: _Count, count: int
 ) -> None:
     """Does the jobs; raises the error of the first, in their order, that failed."""
     stop = threading.Event()
@@ -186,7 +203,7 @@ def _run(
                 stop.set()
                 raise
 
-    pool = ThreadPoolExecutor(num_threads)
+    pool = ThreadPoolExecutor(count)
     try:
         futures: list[Future[None]] = [pool.submit(work, job) for job in jobs]
         pool.shutdown()

@@ -7,6 +7,7 @@ dtype of the file. Nothing is written into a parameter, and no more than a block
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,18 +140,43 @@ def _cut(box: Region, limit: int, dim: int) -> Iterator[Region]:
 
 
 def bytes_of(values: torch.Tensor, dtype: str) -> memoryview:
-    """The values in row-major order, as the bytes of a file of this dtype.
+    """The values in row-major order, as the bytes of a file of this dtype: of a GPU's values valid
+    until this thread's next call.
 
     Raises a DtypeError where the change of dtype loses a bit.
     """
     values = _as_stored(values.detach(), dtypes.to_torch(dtype))
     if values.element_size() == 1:
         values = values.view(torch.uint8)  # not every torch copies fp4 otherwise
-    flat = writing.byte_view(values.contiguous()).cpu()
+    flat = writing.byte_view(values.contiguous())
     if not flat.numel():
         return memoryview(b"")
+    flat = _fetched(flat) if flat.is_cuda else flat.cpu()
     array: Any = flat.numpy()  # its stubs declare no buffer
     return memoryview(array).cast("B")
+
+
+class _Thread(threading.local):
+    locked: torch.Tensor | None = None
+
+
+_thread = _Thread()
+
+
+def _fetched(flat: torch.Tensor) -> torch.Tensor:
+    """Bytes of a GPU in page-locked memory of this thread: other memory the driver copies twice.
+
+    They have arrived when this returns: the current stream has been waited for.
+    """
+    locked = _thread.locked
+    if locked is None or locked.numel() < flat.numel():
+        locked = _thread.locked = None  # before there are two
+        with torch.cuda.device(flat.device):
+            locked = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+        _thread.locked = locked
+    room = locked[: flat.numel()]
+    writing.write(room, Region.whole((flat.numel(),)), flat)
+    return room
 
 
 def has_bits(values: torch.Tensor) -> bool:

@@ -298,6 +298,7 @@ def _write(
             place=work.place,
             num_processes=work.num_processes,
             staging_bytes=options.staging_bytes,
+            num_local=ranks_module.num_local(group),
         )
         written: int = agreed(lambda: filling.run(filled, progress), _no_facts, group)
         agreed(finish, _no_facts, group)

@@ -280,7 +280,7 @@ def _choose_gpu(own: _Own, default: torch.device, place: Ranks, group: ProcessGr
     tensors = [tensor for live in models for tensor in live.tensors.values()]
     found = next((tensor.device for tensor in tensors if tensor.is_cuda), default)
     if found.type != "cuda" and group is not None and not ranks_module.carries(group, "cpu"):
-        found = placing.default_device(place)
+        found = ranks_module.gpu_of(group) or placing.default_device(place)
     if found.type == "cuda":
         torch.cuda.set_device(found)
 

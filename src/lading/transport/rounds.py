@@ -28,6 +28,7 @@ from lading.checkpoint import Source
 from lading.layouts import Layout, PartName, Placement
 from lading.plan import Plan
 from lading.regions import Copy, Region
+from lading.transport.engine import DEFAULT_GAP_BYTES
 from lading.transport.jobs import common_runs
 
 __all__ = ["ALIGN_BYTES", "Block", "Round", "Rounds", "Shared", "Sharing", "Slab", "plan_rounds"]
@@ -43,17 +44,22 @@ class Sharing:
     """Which tensors are worth an exchange.
 
     run_bytes     shorter runs make a cut strided: 16 KiB is where the engine's reads slow down
+    cost          of reading the runs, in bytes for each that is kept: a gap is read or, where it is
+                  larger, skipped by a call that costs as much as `DEFAULT_GAP_BYTES`. Cheaper cuts
+                  are not worth it
     share_bytes   of the rank that keeps most of the tensor: what is smaller costs more to hand
                   round, message by message, than to read
     """
 
     run_bytes: int = 16 * 2**10
+    cost: float = 1.0
     share_bytes: int = 2**20
 
 
-AUTOMATIC = Sharing(run_bytes=2 * 2**10)
-"""Where nobody has asked for it: of longer runs the engine's strided reads cost as much as dense
-ones, and an exchange, for which it drains, costs more (benchmarks/README.md).
+AUTOMATIC = Sharing(run_bytes=2 * 2**10, cost=3.0)
+"""Where nobody has asked for it: other runs the engine reads as fast as dense ones, and an exchange,
+for which it drains, costs more. On two ranks it does so at a cost of 2: runs of 1 KiB, every other
+one, took 0.032 s with each rank reading its own, and 0.043 s (benchmarks/README.md).
 """
 
 LEAST_BYTES = 256 * 2**20
@@ -396,6 +402,9 @@ class _Finder:
         return found
 
     def _is_strided(self, placement: Placement, size: int) -> bool:
-        grid = common_runs(placement.source, placement.target)
+        run = common_runs(placement.source, placement.target).length * size
         runs = placement.source.runs()
-        return runs.num_runs > 1 and grid.length * size < self.sharing.run_bytes
+        if runs.num_runs < 2 or run >= self.sharing.run_bytes:
+            return False
+        gap = min((runs.strides[-1] - runs.length) * size, DEFAULT_GAP_BYTES)
+        return run + gap >= run * self.sharing.cost
