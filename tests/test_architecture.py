@@ -16,7 +16,7 @@ SRC = TESTS.parent / "src" / "lading"
 
 ROOMS = (
     # values, arithmetic and plans: no torch
-    *("errors", "collecting", "dtypes", "regions", "views", "digests"),
+    *("errors", "collecting", "records", "dtypes", "regions", "views", "digests"),
     *("ranks", "layouts", "specs", "layers", "names"),
     *("checkpoint", "proof", "binding", "plan", "routes", "messages", "json_values", "plan_json"),
     "shards",
@@ -33,6 +33,7 @@ ROOMS = (
 
 WITHOUT_TORCH = [
     "errors",
+    "records",
     "dtypes",
     "regions",
     "views",

@@ -42,5 +42,20 @@ def test_left_as_the_caller_had_it() -> None:
     assert not gc.isenabled()
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_catching_up_is_for_who_paused_it(is_ours: bool) -> None:
+    if not is_ours:
+        gc.disable()
+    seen: list[int] = []
+    gc.callbacks.append(lambda phase, info: seen.append(info["generation"]))
+    try:
+        with uncollected() as pause:
+            pause.catch_up()
+            assert not gc.isenabled()
+    finally:
+        gc.callbacks.pop()
+    assert seen == ([0, 0] if is_ours else [])  # its start and its stop, the young ones only
+
+
 def test_is_called_what_it_was() -> None:
     assert is_collected.__name__ == "is_collected"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lading.errors import ConflictError
-from lading.ledger import Ledger
+from lading.ledger import Ledger, place_of
 from lading.regions import Copy, Region
 
 
@@ -42,6 +42,31 @@ def test_missing() -> None:
     assert ledger.missing(param, (box((5, 6), (0, 4)),)) is None
     ledger.start()
     assert ledger.missing(param, ()) is None
+
+
+def test_all_at_once_is_what_start_and_note_are() -> None:
+    param, ledger = torch.zeros(6, 4), Ledger()
+    ledger.note(param, box((0, 2), (0, 4)), "q")
+    place = place_of(param)
+    param[0] = 1  # what a copy by value does between the two: the version counts from the note on
+    ledger.note_all(param, Region.whole((6, 4)), place)
+    assert ledger.is_begun
+    assert ledger.missing(param, ()) is None
+    with pytest.raises(ConflictError):
+        ledger.check(param, param, copy_to(box((3, 4), (0, 4))), torch.ones(1, 4))
+    param[1] = 1
+    ledger.check(param, param, copy_to(box((3, 4), (0, 4))), torch.ones(1, 4))
+    ledger.note(param, box((0, 2), (0, 4)))
+    assert str(ledger.missing(param, ())) == "[2:6, 0:4]", "somebody else has written: forgotten"
+
+
+def test_all_at_once_in_other_memory() -> None:
+    param, ledger = torch.nn.Parameter(torch.zeros(6, 4), requires_grad=False), Ledger()
+    ledger.note_all(param, Region.whole((6, 4)), place_of(param))
+    param.data = torch.zeros(6, 4)
+    ledger.check(param, param, copy_to(box((3, 4), (0, 4))), torch.ones(1, 4))
+    ledger.note(param, box((0, 1), (0, 4)))
+    assert str(ledger.missing(param, ())) == "[1:6, 0:4]"
 
 
 @settings(max_examples=100, deadline=None)

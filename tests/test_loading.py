@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 from torch import nn
 
 import lading
-from lading import targeting, verdicts
+from lading import loading, targeting, verdicts
 from lading.errors import (
     CallError,
     ConflictError,
@@ -276,6 +279,27 @@ def test_memory_that_is_not_contiguous(folder: Path) -> None:
         assert param.dim() == 1 or not param.is_contiguous()
     lading.load(model, folder)
     assert same(contents(model), expected())
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted"), [(None, torch.device("cuda", 1)), ("cpu", "cpu")], ids=["default", "told"]
+)
+def test_a_model_on_a_gpu_stays_there(
+    monkeypatch: pytest.MonkeyPatch, device: str | None, wanted: object
+) -> None:
+    """Whatever LOCAL_RANK says: the current device would change under the process group."""
+    asked: list[object] = []
+
+    def run(_prepare: object, **options: Any) -> tuple[None, None]:
+        asked.append(options["device"])
+        return None, None
+
+    model = on_meta(Ranks())
+    held = [SimpleNamespace(is_cuda=False), SimpleNamespace(is_cuda=True, device=wanted)]
+    monkeypatch.setattr(loading.owners.Walk, "params", [("weight", param) for param in held])
+    monkeypatch.setattr(loading, "run_load", run)
+    lading.load(model, "nowhere", ranks=Ranks(), device=device)
+    assert asked == [wanted]
 
 
 def test_under_inference_mode_and_a_default_device(folder: Path) -> None:
@@ -651,3 +675,50 @@ def test_facts_that_fail_are_a_verdict_too(monkeypatch: pytest.MonkeyPatch) -> N
 
 def _fail(error: Exception) -> None:
     raise error
+
+
+# ------------------------------------------------------------- what is done once for all layers
+
+
+def test_equal_layers_share_their_layouts() -> None:
+    one, two = (ColumnParallelLinear(4, 8, ranks=Ranks(tp_size=2), prefix=p) for p in "ab")
+    other = ColumnParallelLinear(4, 16, ranks=Ranks(tp_size=2))
+    assert one.weight.tp_layout is two.weight.tp_layout
+    assert one.weight.tp_layout != other.weight.tp_layout
+
+
+def test_equal_layouts_of_a_model_become_one() -> None:
+    ranks = Ranks(tp_size=2)
+    model = nn.ModuleList(ColumnParallelLinear(4, 8, ranks=ranks) for _ in range(3))
+    for layer in model:
+        layer.weight.tp_layout = copy.deepcopy(layer.weight.tp_layout)
+    assert len({id(layer.weight.tp_layout) for layer in model}) == 3
+    targets = [t for t in targeting.targets_of(model, ranks) if t.name.endswith("weight")]
+    assert [t.name for t in targets] == [f"{i}.weight" for i in range(3)]
+    assert len({id(t.layout) for t in targets}) == 1
+    assert targets[0].layout == model[0].weight.tp_layout
+
+
+def test_a_layout_of_another_shape_is_found_among_equal_ones() -> None:
+    ranks = Ranks(tp_size=2)
+    model = nn.ModuleList(ColumnParallelLinear(4, 8, ranks=ranks) for _ in range(3))
+    model[1].weight.data = torch.zeros(5, 4)
+    with pytest.raises(lading.PlanError, match=re.escape("1.weight: has shape [5, 4], needs [4,")):
+        targeting.targets_of(model, ranks)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_the_collector_is_left_as_it_was(folder: Path, is_enabled: bool) -> None:
+    was = gc.isenabled()
+    seen: list[int] = []
+    model = block()
+    (gc.enable if is_enabled else gc.disable)()
+    gc.callbacks.append(lambda phase, info: seen.append(info["generation"]))
+    try:
+        lading.load(model, folder)
+        assert gc.isenabled() == is_enabled
+    finally:
+        gc.callbacks.pop()
+        (gc.enable if was else gc.disable)()
+    assert bool(seen) == is_enabled, "what the pause put off is done while bytes are being moved"
+    assert same(contents(model), expected())

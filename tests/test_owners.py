@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lading.errors import ShapeError
-from lading.owners import name_of, name_parameters
+from lading.owners import Walk, name_of, name_parameters
 from lading.parameter import BasevLLMParameter, ModelWeightParameter
 
 
@@ -139,3 +139,31 @@ def test_searching_while_others_build_models() -> None:
 def test_a_base_parameter_of_a_buffer_like_holder() -> None:
     holder = nn.ParameterList([BasevLLMParameter(data=torch.zeros(1), weight_loader=None)])
     assert name_of(holder[0]) == "0"
+
+
+def test_one_walk_is_what_torch_walks() -> None:
+    model = Model()
+    model.register_module("again", model.layers[0])  # one module, and its tensors, in two places
+    model.layers[1].register_buffer("kept", torch.zeros(1))
+    model.layers[1].register_buffer("passing", torch.zeros(1), persistent=False)
+    model.layers[1].register_buffer("none", None)
+    model.extra = nn.Parameter(torch.zeros(1))
+    walk = Walk(model)
+    assert walk.modules == list(model.named_modules(remove_duplicate=False))
+    wanted = model.named_parameters(remove_duplicate=False)
+    assert [(n, id(p)) for n, p in walk.params] == [(n, id(p)) for n, p in wanted]
+    assert [name for name, _ in walk.buffers] == ["layers.1.kept"]
+    assert {n for n, _ in walk.params + walk.buffers} == set(model.state_dict())
+
+
+def test_a_walk_below_a_prefix() -> None:
+    model = Model()
+    wanted = model.named_parameters(prefix="outer")
+    assert [name for name, _ in Walk(model, "outer").params] == [name for name, _ in wanted]
+
+
+def test_a_shared_parameter_keeps_its_first_name() -> None:
+    model = Model()
+    model.register_module("again", model.layers[1])
+    name_parameters(model)
+    assert name_of(model.layers[1].qkv_proj.weight) == "layers.1.qkv_proj.weight"

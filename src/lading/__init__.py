@@ -101,7 +101,10 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         return import_module(f"{__name__}.{name}") if name in _ROOMS else _missing(name)
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    from lading.collecting import uncollected
+
+    with uncollected():  # it would go through all that torch has made: 0.1 s of a first load
+        value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 

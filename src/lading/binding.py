@@ -23,6 +23,7 @@ from lading.errors import (
 from lading.layouts import Layout, PartName
 from lading.names import Names
 from lading.proof import Worked
+from lading.records import quick
 from lading.specs import Constant
 
 __all__ = [
@@ -51,6 +52,7 @@ class Expected:
     group: int = 0
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A parameter (or buffer) to fill.
@@ -82,6 +84,7 @@ class Target:
             )
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
     """One part of one target is this checkpoint tensor: the same for every rank.
@@ -130,6 +133,8 @@ class Binder:
 
     def bind(self, target: Target) -> None:
         """Binds every part of a target, or notes why it cannot be."""
+        if self._bind_plain(target):
+            return
         before = len(self.problems)
         found: list[list[Binding]] = []
         for name in stored_names(target):
@@ -151,6 +156,22 @@ class Binder:
         self.bindings += first
         for other in found[1:]:
             self._tie(target, first, other)
+
+    def _bind_plain(self, target: Target) -> bool:
+        """Binds a target of one part and one name whose tensor is what it needs: most are."""
+        if target.aliases or target.leaf or target.stored is not None:
+            return False
+        worked = self.layouts[target.name]
+        if worked.part_names != (None,):
+            return False
+        whole = self.names.whole(target.name)
+        source = self.sources.get(whole)
+        if source is None or source.dtype != target.dtype or source.dtype == "F4":
+            return False
+        if source.shape != worked.source_shape(None, fused=False):
+            return False
+        self.bindings.append(self._binding(target, None, whole))
+        return True
 
     def _look_up(self, target: Target, name: str) -> list[Binding]:
         """The bindings under one of a target's names; none where the file has nothing of it."""
@@ -178,9 +199,10 @@ class Binder:
             return [self._binding(target, part, whole, fused=True) for part in parts]
         if stored is None or not present:
             return []
-        for part, source in zip(parts, stored, strict=True):
-            if source not in self.sources:
-                self._missing(target, part, source, fused=whole)
+        if len(present) < len(stored):
+            for part, source in zip(parts, stored, strict=True):
+                if source not in self.sources:
+                    self._missing(target, part, source, fused=whole)
         return [
             self._binding(target, part, source)
             for part, source in zip(parts, stored, strict=True)
@@ -261,6 +283,8 @@ def binding_problem(
     """Why this checkpoint tensor cannot be that part, None where it can."""
     layout = worked.layout
     needed = worked.source_shape(binding.part, fused=binding.fused)
+    if source.shape == needed and source.dtype == target.dtype != "F4" and target.stored is None:
+        return None
     # A 0-d tensor is as good as one of one element: scales are stored both ways.
     shape = source.storage_shape
     is_fitting = shape == needed or (shape == () and needed == (1,))

@@ -11,11 +11,28 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["uncollected"]
+__all__ = ["Pause", "uncollected"]
+
+
+class Pause:
+    """The collector while it waits.
+
+    is_ours   False where somebody else had it paused before
+    """
+
+    def __init__(self, *, is_ours: bool) -> None:
+        self.is_ours = is_ours
+
+    def catch_up(self) -> None:
+        """Looks through what has been made so far, at a moment when nobody waits for it: it is what
+        the end of the pause would bring otherwise.
+        """
+        if self.is_ours:
+            gc.collect(0)
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[Pause]:
     """Nothing is collected meanwhile; whoever had the collector paused keeps it so.
 
     Example: `with uncollected(): ...`, or `@uncollected()` over a function.
@@ -23,7 +40,7 @@ def uncollected() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        yield Pause(is_ours=was_enabled)
     finally:
         if was_enabled:
             gc.enable()

@@ -20,13 +20,13 @@ is 32 + 16 + 16 entries a rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from math import lcm
 
 from lading.errors import LayoutError
-from lading.regions import Region
+from lading.regions import Ints, Region
 
 __all__ = ["Axis", "Cut", "Layout", "Part", "Placement", "entries", "piece_of", "span_of_piece"]
 
@@ -296,6 +296,7 @@ class Layout:
     cuts: tuple[Cut, ...]
     tp_size: int = 1
     fused_source: bool = False
+    _local_shape: Ints | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.tp_size < 1:
@@ -357,7 +358,7 @@ class Layout:
     def source_shape(self, part: PartName = None) -> tuple[int, ...]:
         """The shape of one part's checkpoint tensor, in stored entries, without padding."""
         chosen = self._chosen(part)
-        return tuple(cut.num_entries(p.size) for cut, p in zip(self.cuts, chosen, strict=True))
+        return tuple([c.num_entries(p.size) for c, p in zip(self.cuts, chosen, strict=True)])
 
     @property
     def fused_shape(self) -> tuple[int, ...]:
@@ -370,9 +371,12 @@ class Layout:
     @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of the parameter on each rank, in stored entries, with padding."""
-        return tuple(
-            sum(self._piece_entries(cut, part) for part in cut.axis.parts) for cut in self.cuts
-        )
+        found = self._local_shape
+        if found is None:  # asked for by each parameter, each placement, each plan
+            sizes = [[self._piece_entries(cut, p) for p in cut.axis.parts] for cut in self.cuts]
+            found = tuple(map(sum, sizes))
+            object.__setattr__(self, "_local_shape", found)
+        return found
 
     def place(
         self, part: PartName, tp_rank: int, *, fused_source: bool = False
@@ -440,14 +444,14 @@ class Layout:
 
     def _chosen(self, name: PartName) -> tuple[Part, ...]:
         """One part a dim: the one of this name along the fused dim, the only one along others."""
-        if name not in self.part_names:
-            names = ", ".join(map(repr, self.part_names)) if self.fused_dim is not None else "none"
+        fused, known = self.fused_dim, self.part_names
+        if name not in known:
+            names = ", ".join(map(repr, known)) if fused is not None else "none"
             raise LayoutError(f"has no part {name!r}, needs one of: {names}")
-        fused = self.fused_dim
-        return tuple(
-            next(part for part in cut.axis.parts if dim != fused or part.name == name)
-            for dim, cut in enumerate(self.cuts)
-        )
+        chosen = [cut.axis.parts[0] for cut in self.cuts]
+        if fused is not None:
+            chosen[fused] = self.cuts[fused].axis.parts[known.index(name)]
+        return tuple(chosen)
 
     def _base(self, cut: Cut, part: Part) -> int:
         """Logical elements before a part in the checkpoint tensor."""
@@ -479,14 +483,13 @@ class Layout:
         return entries(0, stop - start, cut, stop - start)[1]
 
     def _target_offset(self, cut: Cut, part: Part) -> int:
-        before = cut.axis.parts[: cut.axis.parts.index(part)]
-        return sum(self._piece_entries(cut, other) for other in before)
+        parts = cut.axis.parts
+        return sum(self._piece_entries(cut, other) for other in parts[: parts.index(part)])
 
     def _source_offset(self, cut: Cut, part: Part) -> int:
         if cut.axis.scalars:
             return 0
-        before = cut.axis.parts[: cut.axis.parts.index(part)]
-        at = sum(other.size for other in before)
+        at = sum(other.size for other in cut.axis.parts[: cut.axis.parts.index(part)])
         return entries(at, at, cut, -1)[0]
 
 

@@ -8,7 +8,6 @@ are in the parameter's local coordinates.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 
 import torch
 
@@ -17,34 +16,32 @@ from lading.errors import ConflictError
 from lading.layouts import PartName
 from lading.regions import Copy, Region, cover, reordered
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "Place", "place_of"]
 
 # Devices whose tensors have a storage to recognise their memory by; lazy ones have none.
 _WITH_STORAGE = ("cpu", "cuda", "meta")
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Which memory a parameter had, seen how. The weak reference keeps no memory alive, and no
-    other storage can equal it, as an address that is used again would.
-    """
+Place = tuple[weakref.ref[torch.UntypedStorage] | None, int, tuple[int, ...], tuple[int, ...]]
+"""Which memory a parameter has, seen how: storage, offset, shape, stride. The weak reference keeps
+no memory alive, and no other storage can equal it, as an address that is used again would.
+"""
 
-    storage: weakref.ref[torch.UntypedStorage] | None
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    version: int
 
-    @staticmethod
-    def of(param: torch.Tensor) -> _Memory:
-        has_storage = param.device.type in _WITH_STORAGE
-        return _Memory(
-            storage=weakref.ref(param.untyped_storage()) if has_storage else None,
-            offset=int(param.storage_offset()) if has_storage else 0,
-            shape=tuple(param.shape),
-            stride=param.stride() if has_storage else (),
-            version=0 if param.is_inference() else param._version,
-        )
+def place_of(param: torch.Tensor) -> Place:
+    """Where a parameter is."""
+    if param.device.type not in _WITH_STORAGE:
+        return None, 0, param.shape, ()
+    storage = weakref.ref(param.untyped_storage())
+    return storage, int(param.storage_offset()), param.shape, param.stride()
+
+
+def _version_of(param: torch.Tensor) -> int:
+    return 0 if param.is_inference() else param._version
+
+
+def _memory_of(param: torch.Tensor) -> tuple[Place, int]:
+    return place_of(param), _version_of(param)
 
 
 class Ledger:
@@ -58,7 +55,7 @@ class Ledger:
     def __init__(self, *, shared: bool = False, is_begun: bool = False) -> None:
         self.is_begun = is_begun
         self._notes: dict[Region, PartName] = {}
-        self._memory: _Memory | None = None
+        self._memory: tuple[Place, int] | None = None
         self._shared = shared
         self._owner: int | None = None
 
@@ -89,8 +86,16 @@ class Ledger:
         """Remembers that a region was written, by which part."""
         self._refresh(param)
         if self._memory is None:
-            self._memory = _Memory.of(param)
+            self._memory = _memory_of(param)
         self._notes[region] = part
+        self.is_begun = True
+
+    def note_all(self, param: torch.Tensor, whole: Region, place: Place) -> None:
+        """Remembers that one load has written everything; what was noted before is forgotten.
+
+        whole, place   the region that is the whole parameter, and where it is
+        """
+        self._notes, self._memory = {whole: None}, (place, _version_of(param))
         self.is_begun = True
 
     def check(
@@ -139,14 +144,14 @@ class Ledger:
         param.data = param.data.permute(*order)
         if self._notes:
             self._notes = {reordered(r, order): part for r, part in self._notes.items()}
-            self._memory = _Memory.of(param)
+            self._memory = _memory_of(param)
 
     def __reduce__(self) -> tuple[type[Ledger], tuple[()]]:
         # What was written was written into this memory, in this process: a copy starts empty.
         return Ledger, ()
 
     def _refresh(self, param: torch.Tensor) -> None:
-        if self._memory is not None and self._memory != _Memory.of(param):
+        if self._memory is not None and self._memory != _memory_of(param):
             self._forget()
 
 

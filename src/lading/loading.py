@@ -16,9 +16,9 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from lading.checkpoint import Checkpoint
 from lading.collecting import uncollected
 from lading.names import Names
 from lading.nn.base import allow_forward, refuse_forward
-from lading.placing import install, memory_for, place_of
+from lading.placing import Notes, install, memory_for, place_of
 from lading.plan import Plan, Share, make_plan
 from lading.ranks import Ranks
 from lading.shards.folder import open_any, reading
@@ -97,11 +97,15 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A load that only has to be executed."""
+    """A load that only has to be executed.
+
+    walk   over the model: one for all steps
+    """
 
     model: nn.Module
     checkpoint: Checkpoint
     plan: Plan
+    walk: owners.Walk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +156,8 @@ def load(
               returned
     ranks     this process's rank: by default the one that the model's layers were built for
     group     over which ranks agree; the default group where it is this rank's
-    device    for parameters on meta: this rank's GPU where there is one, else the CPU
+    device    for parameters on meta: by default the GPU that has others of the model, else this
+              rank's GPU where there is one, else the CPU
     limits    host and GPU memory that the load may use besides the parameters, and its threads
     exchange  whether ranks of a group read for one another what several of them need; None = where
               that is faster
@@ -160,19 +165,22 @@ def load(
     Raises a PlanError with every problem before anything is written, the same on all ranks; a
     FileError where reading fails.
     """
-    ranks = ranks or ranks_of(model)
+    walk = owners.Walk(model)
+    ranks = ranks or ranks_of(model, walk)
+    if device is None:  # the GPU that has the model may be another than this rank's usual one
+        device = next((param.device for _, param in walk.params if param.is_cuda), None)
 
     def prepare() -> Prepared:
         checkpoint = path if isinstance(path, Checkpoint) else open_any(path)
-        owners.name_parameters(model)
-        check_built_for(model, ranks)
+        owners.name_all(walk)
+        check_built_for(model, ranks, walk)
         plan = make_plan(
-            targets_of(model, ranks),
+            targets_of(model, ranks, walk),
             checkpoint.tensors,
             ranks=[ranks],
             names=(names or names_of(model)).fitting(checkpoint.tensors),
         )
-        return Prepared(model=model, checkpoint=checkpoint, plan=plan)
+        return Prepared(model=model, checkpoint=checkpoint, plan=plan, walk=walk)
 
     _, report = run_load(
         prepare,
@@ -224,15 +232,22 @@ def run_load(
         return place, prepared, transport, todo
 
     # Under inference_mode the memory could not be written by the transport's threads.
-    with torch.inference_mode(False), uncollected(), ExitStack() as stack:
+    with torch.inference_mode(False), uncollected() as pause, ExitStack() as stack:
         use, num_local = limits or Limits(), ranks_module.num_local(group)
         gpus = stack.enter_context(gpus_for(use, num_local))
         begun, found = all_well(begin, partial(_facts, group), group)
         check_equal([digest for digest, _ in found])
         place, prepared, transport, todo = begun
         model, plan = prepared.model, prepared.plan
-        tensors = tensors_of(model, plan)
+        tensors = tensors_of(model, plan, prepared.walk)
         memory: dict[str, torch.Tensor] = {}
+        aside: list[_Aside] = []
+
+        def meanwhile() -> None:
+            aside.append(_Aside.of(plan, tensors))
+            pause.catch_up()
+
+        transport.meanwhile = meanwhile
 
         def allocate() -> object:
             for name, tensor in tensors.items():
@@ -262,17 +277,44 @@ def run_load(
             if any(not tensor.is_meta for tensor in tensors.values()):
                 refuse_forward(model, str(error) or type(error).__name__)
             raise
-        install(model, plan, memory, tensors)
-    allow_forward(model)
+        known = aside[0] if aside else _Aside.of(plan, tensors)
+        install(model, plan, memory, tensors, prepared.walk, known.notes)
+    allow_forward(model, prepared.walk)
     _origins[model] = Origin(plan=plan, checkpoint=prepared.checkpoint)
-    report = _report(plan, ranks, moved, time.perf_counter() - began)
-    return model, replace(
-        report,
+    return model, LoadReport(
+        ranks=ranks,
+        read_bytes=moved.read_bytes,
+        excess_bytes=moved.excess_bytes,
+        exchanged_bytes=moved.received_bytes,
+        seconds=max(time.perf_counter() - began, 1e-9),
+        num_copies=moved.num_copies,
         plan_seconds=lasted["plan"],
         move_seconds=lasted["move"],
         stats=transport.stats,
         pinned_bytes=transport.pinned_bytes,
+        **known.totals,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """What is worked out while bytes are being moved, as nobody has to wait for it then.
+
+    totals   what a report says of the plan
+    """
+
+    totals: dict[str, Any]
+    notes: Notes
+
+    @staticmethod
+    def of(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> _Aside:
+        totals = {
+            "checkpoint_bytes": plan.checkpoint_bytes(),
+            "parameter_bytes": plan.parameter_bytes(),
+            "casts": plan.casts(),
+            "skipped": tuple((s.source, s.reason) for s in plan.skipped),
+        }
+        return _Aside(totals, Notes.of(tensors.values()))
 
 
 def _facts(
@@ -311,18 +353,3 @@ def _execute(
 
 def _ignore(_num_bytes: int) -> None:
     return None
-
-
-def _report(plan: Plan, ranks: Ranks, moved: Moved, seconds: float) -> LoadReport:
-    return LoadReport(
-        ranks=ranks,
-        checkpoint_bytes=plan.checkpoint_bytes(),
-        parameter_bytes=plan.parameter_bytes(),
-        read_bytes=moved.read_bytes,
-        excess_bytes=moved.excess_bytes,
-        exchanged_bytes=moved.received_bytes,
-        seconds=max(seconds, 1e-9),
-        num_copies=moved.num_copies,
-        casts=plan.casts(),
-        skipped=tuple((s.source, s.reason) for s in plan.skipped),
-    )

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lading.errors import CallError
+from lading.ledger import Ledger, Place
+from lading.ledger import place_of as ledger_place
 from lading.nn.base import like
+from lading.owners import Walk
 from lading.parameter import BasevLLMParameter
 from lading.plan import Plan
 from lading.ranks import Ranks
 from lading.regions import Region
 from lading.targeting import tensors_of
 
-__all__ = ["default_device", "install", "memory_for", "place_of"]
+__all__ = ["Notes", "default_device", "install", "memory_for", "place_of"]
 
 
 def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
@@ -60,29 +64,60 @@ def default_device(ranks: Ranks) -> torch.device:
     return torch.device("cuda", local % torch.cuda.device_count())
 
 
+@dataclass(slots=True)
+class Notes:
+    """What is to be noted of live parameters once they are loaded.
+
+    Made while their bytes are being moved, as nobody has to wait for it then.
+    """
+
+    _notes: list[tuple[BasevLLMParameter, Ledger, Region, Place]]
+
+    @staticmethod
+    def of(tensors: Iterable[torch.Tensor]) -> Notes:
+        """Of those tensors that keep a ledger."""
+        wholes: dict[tuple[int, ...], Region] = {}
+        notes = []
+        for tensor in tensors:
+            if isinstance(tensor, BasevLLMParameter):
+                place = ledger_place(tensor)
+                whole = wholes.get(tensor.shape)
+                if whole is None:
+                    whole = wholes[tensor.shape] = Region.whole(tensor.shape)
+                notes.append((tensor, tensor._ledger, whole, place))
+        return Notes(notes)
+
+    def write(self) -> None:
+        """Every element of them is loaded."""
+        for tensor, ledger, whole, place in self._notes:
+            ledger.note_all(tensor, whole, place)
+            if tensor.stored_order:
+                tensor.stored_order = ()  # the file had its dims in the order that they have now
+
+
 def install(
     model: nn.Module,
     plan: Plan,
     memory: Mapping[str, torch.Tensor],
     tensors: Mapping[str, torch.Tensor] | None = None,
+    walk: Walk | None = None,
+    notes: Notes | None = None,
 ) -> None:
     """Gives parameters on meta their memory, keeping each object, and notes everything as
     loaded.
 
-    tensors   what `tensors_of` has found in the model, where somebody has asked it
+    tensors, walk   what `tensors_of` has found in the model, and a walk over it, where somebody
+                    has them
+    notes           of the tensors, where none is on meta and somebody has made them
     """
-    tensors = tensors_of(model, plan) if tensors is None else tensors
+    tensors = tensors_of(model, plan, walk) if tensors is None else tensors
     if any(tensor.is_meta for tensor in tensors.values()):
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 _materialise(model, name, tensor, memory[name])
         tensors = tensors_of(model, plan)
-    for tensor in tensors.values():
-        if isinstance(tensor, BasevLLMParameter):
-            tensor._ledger.start()
-            tensor._ledger.note(tensor, Region.whole(tensor.shape))
-            if tensor.stored_order:
-                tensor.stored_order = ()  # the file had its dims in the order that they have now
+        notes = None
+    (notes or Notes.of(tensors.values())).write()
 
 
 def _materialise(model: nn.Module, name: str, old: torch.Tensor, data: torch.Tensor) -> None:

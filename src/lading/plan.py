@@ -44,6 +44,8 @@ from lading.ranks import Ranks
 from lading.regions import Copy, Region
 from lading.specs import Constant
 
+_ENCODE = json.JSONEncoder(check_circular=False).encode
+
 __all__ = [
     "Binding",
     "Check",
@@ -138,6 +140,12 @@ class Plan:
 
     def checks(self) -> tuple[Check, ...]:
         """The tensors that are compared with what the declaration says."""
+        return self._checks
+
+    @cached_property
+    def _checks(self) -> tuple[Check, ...]:
+        if all(target.expected is None for target in self.targets):
+            return ()
         found = {}
         for binding in self.bindings:
             expected = self.target(binding.target).expected
@@ -190,7 +198,7 @@ class Plan:
             [(t.target, t.source, t.twin) for t in self.ties],
             [s.source for s in self.skipped],
         ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return hashlib.sha256(_ENCODE(facts).encode()).hexdigest()
 
 
 @uncollected()
@@ -273,7 +281,7 @@ def _assemble(
     problems = [
         LayoutError(fact, subject=name)
         for name, of_target in grouped.items()
-        for fact in layouts[name].faults(tuple((b.part, b.fused) for b in of_target))
+        for fact in layouts[name].faults(tuple([(b.part, b.fused) for b in of_target]))
     ]
     if problems:
         raise PlanError(problems)
@@ -325,12 +333,13 @@ def _share(
 ) -> Share:
     copies: list[Copy] = []
     fills: list[Fill] = []
+    rank = ranks.tp_rank
     for name, bindings in grouped.items():
         layout = layouts[name]
         if name in compared:
             continue
         for binding in bindings:
-            placement = layout.place(binding.part, ranks.tp_rank, fused=binding.fused)
+            placement = layout.place(binding.part, rank, fused=binding.fused)
             if placement is not None:
                 copies.append(
                     Copy(
@@ -341,5 +350,6 @@ def _share(
                         target_region=placement.target,
                     )
                 )
-        fills += (Fill(target=name, region=region) for region in layout.padding(ranks.tp_rank))
+        for region in layout.padding(rank):
+            fills.append(Fill(target=name, region=region))
     return Share(ranks=ranks, copies=tuple(copies), fills=tuple(fills))

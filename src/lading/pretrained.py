@@ -118,5 +118,6 @@ def prepare_pretrained(
             quant_config=read.quant_config,
         )
     model.names = read.names
-    owners.name_parameters(model)
-    return Prepared(model=model, checkpoint=read.checkpoint, plan=found.plan)
+    walk = owners.Walk(model)
+    owners.name_all(walk)
+    return Prepared(model=model, checkpoint=read.checkpoint, plan=found.plan, walk=walk)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from math import gcd, lcm, prod
 
+from lading.records import quick
+
 __all__ = ["Copy", "Coverage", "Region", "cover", "merge", "partition", "reordered"]
 
 Ints = tuple[int, ...]
@@ -184,6 +186,7 @@ class Runs:
             yield self.first + sum(i * s for i, s in zip(index, self.strides, strict=True))
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
     """A source region that equals a target region, element by element.
@@ -202,9 +205,13 @@ class Copy:
     axes: Ints = ()
 
     def __post_init__(self) -> None:
-        if self.axes and sorted(self.axes) != list(range(len(self.source_region.size))):
-            raise ValueError(f"axes {self.axes} are no permutation of {self.source_region}'s dims")
-        if self.permuted(self.source_region.size) != self.target_region.size:
+        sizes = self.source_region.size
+        if self.axes:
+            if sorted(self.axes) != list(range(len(sizes))):
+                fact = f"axes {self.axes} are no permutation of {self.source_region}'s dims"
+                raise ValueError(fact)
+            sizes = self.permuted(sizes)
+        if sizes != self.target_region.size:
             raise ValueError(
                 f"copy of {self.source_region} into {self.target_region}: sizes differ"
             )
@@ -409,6 +416,9 @@ def _slabs(
     n: int, active: list[tuple[int, Region]], dim: int
 ) -> Iterator[tuple[Progression, list[int]]]:
     """Cuts 0..n into progressions along which the set of active regions is constant."""
+    if all(region.size[dim] == n for _, region in active):  # dims that nobody cuts
+        yield (0, n, 1), [i for i, _ in active]
+        return
     bounds: set[int] = {0, n}
     for _, region in active:
         bounds.add(region.start[dim])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from lading.errors import CallError, DeclarationError, LadingError, PlanError
 from lading.layouts import Axis, Cut, Layout
 from lading.names import Names
 from lading.nn.base import ParallelLayer
+from lading.owners import Walk
 from lading.parameter import BasevLLMParameter, PerTensorScaleParameter
 from lading.plan import Plan, Target
 from lading.ranks import Ranks
@@ -35,40 +35,32 @@ def names_of(model: nn.Module) -> Names:
     return Names()
 
 
-def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
+def targets_of(model: nn.Module, ranks: Ranks, walk: Walk | None = None) -> tuple[Target, ...]:
     """What a load has to fill: every parameter and persistent buffer, tied ones once.
 
+    walk   over the model, where somebody has made one
     Raises a PlanError where a parameter does not say how it is cut, or was built for other ranks.
     """
+    walk = walk or Walk(model)
     problems: list[LadingError] = []
-    named: dict[int, list[str]] = {}
-    tensors: dict[int, torch.Tensor] = {}
-    for name, tensor in state_of(model):
-        named.setdefault(id(tensor), []).append(name)
-        tensors[id(tensor)] = tensor
-    layers = [(p, m) for p, m in model.named_modules() if isinstance(m, ParallelLayer)]
-    uncut = {id(param) for _, m in layers if m.disable_tp for param in m.parameters()}
+    named: dict[int, tuple[torch.Tensor, list[str]]] = {}
+    for name, tensor in state_of(model, walk):
+        named.setdefault(id(tensor), (tensor, []))[1].append(name)
+    layers: dict[int, tuple[str, ParallelLayer]] = {}
+    for prefix, module in walk.modules:
+        if isinstance(module, ParallelLayer):
+            layers.setdefault(id(module), (prefix, module))
+    uncut = {id(param) for _, m in layers.values() if m.disable_tp for param in m.parameters()}
+    layouts = _Layouts(ranks)
     targets = []
-    for key, (name, *aliases) in named.items():
+    for key, (tensor, (name, *aliases)) in named.items():
         try:
-            layout = _layout_of(tensors[key], ranks, whole=key in uncut)
-            dtype = dtypes.from_torch(tensors[key].dtype)
+            targets.append(_target_of(name, aliases, tensor, layouts, whole=key in uncut))
         except LadingError as error:
             problems.append(error.located(subject=name))
-            continue
         except LookupError as error:
             problems.append(DeclarationError(str(error), subject=name))
-            continue
-        targets.append(
-            Target(
-                name=name,
-                layout=layout,
-                dtype=dtype,
-                aliases=tuple(aliases),
-                **_stored_as(tensors[key]),
-            )
-        )
-    for prefix, layer in layers:
+    for prefix, layer in layers.values():
         for target in layer.expected_targets(prefix):
             if layer.disable_tp:
                 target = replace(target, layout=_uncut(target.layout, ranks.tp_size))
@@ -78,28 +70,31 @@ def targets_of(model: nn.Module, ranks: Ranks) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def state_of(model: nn.Module, walk: Walk | None = None) -> list[tuple[str, torch.Tensor]]:
     """Parameters, then persistent buffers, under each of their names.
 
-    One walk: torch's own iterators take one each, which counts with thousands of modules.
+    walk   as of `targets_of`
     """
-    params: list[tuple[str, torch.Tensor]] = []
-    buffers: list[tuple[str, torch.Tensor]] = []
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        params += [(dot + name, p) for name, p in module._parameters.items() if p is not None]
-        if module._buffers:
-            passing = module._non_persistent_buffers_set
-            held = module._buffers.items()
-            buffers += [(dot + k, b) for k, b in held if b is not None and k not in passing]
-    return params + buffers
+    walk = walk or Walk(model)
+    return [*walk.params, *walk.buffers]
 
 
-def _stored_as(tensor: torch.Tensor) -> dict[str, Any]:
-    """How a parameter's tensor is called and shaped in the file, where that is not the usual."""
-    if not isinstance(tensor, BasevLLMParameter):
-        return {}
-    return {"leaf": tensor.stored_leaf, "stored": tensor.stored_shape}
+def _target_of(
+    name: str, aliases: Sequence[str], tensor: torch.Tensor, layouts: _Layouts, *, whole: bool
+) -> Target:
+    """A parameter or buffer, with what is not usual of its tensor's name and shape in the file."""
+    layout = layouts.of(tensor, whole=whole)
+    leaf, stored = "", None
+    if isinstance(tensor, BasevLLMParameter):
+        leaf, stored = tensor.stored_leaf, tensor.stored_shape
+    return Target(
+        name=name,
+        layout=layout,
+        dtype=layouts.code(tensor.dtype),
+        aliases=tuple(aliases),
+        leaf=leaf,
+        stored=stored,
+    )
 
 
 def _uncut(layout: Layout, tp_size: int) -> Layout:
@@ -112,40 +107,73 @@ def _uncut(layout: Layout, tp_size: int) -> Layout:
     return replace(layout, cuts=cuts, tp_size=tp_size)
 
 
-def _layout_of(tensor: torch.Tensor, ranks: Ranks, *, whole: bool) -> Layout:
-    """The declared layout, or replicated for tensors that no rank cuts.
-
-    whole   the parameter's layer does without tensor parallelism
+class _Layouts:
+    """The layouts of a model's tensors. Equal ones become one object, whose shape is worked out
+    once: the same layers stand in a model many times.
     """
-    shape = tuple(tensor.shape)
-    if not isinstance(tensor, BasevLLMParameter):
-        return Layout.replicated(shape, ranks.tp_size)
-    layout = tensor.tp_layout
-    if layout is None:
-        cut_by_none = type(tensor) in (BasevLLMParameter, PerTensorScaleParameter)
-        if ranks.tp_size == 1 or whole or cut_by_none:
-            return Layout.replicated(shape, ranks.tp_size)
-        raise DeclarationError(
-            f"{type(tensor).__name__} does not say how it is cut over {ranks.tp_size} ranks, needs "
-            "a layout",
-            hint="build it with a layer of lading.nn, or set its tp_layout",
-        )
-    if whole:
-        layout = _uncut(layout, ranks.tp_size)
-    if layout.tp_size != ranks.tp_size:
-        raise DeclarationError(
-            f"was built for {layout.tp_size} ranks, needs {ranks.tp_size} (the load's tp_size)"
-        )
-    if layout.local_shape != shape:
-        raise DeclarationError(
-            f"has shape {list(shape)}, needs {list(layout.local_shape)} (its own layout's)"
-        )
-    return layout
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._by_id: dict[int, tuple[Layout, tuple[int, ...]]] = {}
+        self._known: dict[Layout, tuple[Layout, tuple[int, ...]]] = {}
+        self._asked: list[Layout] = []  # kept, so that an id is one layout
+        self._codes: dict[torch.dtype, str] = {}
+
+    def code(self, dtype: torch.dtype) -> str:
+        """The safetensors name of a dtype; a LookupError where the format has none."""
+        found = self._codes.get(dtype)
+        if found is None:
+            found = self._codes[dtype] = dtypes.from_torch(dtype)
+        return found
+
+    def of(self, tensor: torch.Tensor, *, whole: bool) -> Layout:
+        """The declared layout, or replicated for tensors that no rank cuts.
+
+        whole   the parameter's layer does without tensor parallelism
+        """
+        shape, tp_size = tensor.shape, self._ranks.tp_size
+        if not isinstance(tensor, BasevLLMParameter):
+            return Layout.replicated(shape, tp_size)
+        layout = tensor.tp_layout
+        if layout is None:
+            cut_by_none = type(tensor) in (BasevLLMParameter, PerTensorScaleParameter)
+            if tp_size == 1 or whole or cut_by_none:
+                return Layout.replicated(shape, tp_size)
+            raise DeclarationError(
+                f"{type(tensor).__name__} does not say how it is cut over {tp_size} ranks, needs "
+                "a layout",
+                hint="build it with a layer of lading.nn, or set its tp_layout",
+            )
+        if whole:
+            layout = _uncut(layout, tp_size)
+        if layout.tp_size != tp_size:
+            raise DeclarationError(
+                f"was built for {layout.tp_size} ranks, needs {tp_size} (the load's tp_size)"
+            )
+        layout, local_shape = self._shared(layout)
+        if local_shape != shape:
+            raise DeclarationError(
+                f"has shape {list(shape)}, needs {list(local_shape)} (its own layout's)"
+            )
+        return layout
+
+    def _shared(self, layout: Layout) -> tuple[Layout, tuple[int, ...]]:
+        found = self._by_id.get(id(layout))
+        if found is None:
+            found = self._known.get(layout)
+            if found is None:
+                found = self._known[layout] = (layout, layout.local_shape)
+            self._by_id[id(layout)] = found
+            self._asked.append(layout)
+        return found
 
 
-def check_built_for(model: nn.Module, ranks: Ranks) -> None:
-    """Raises a CallError where the model's forward pass takes itself for another rank."""
-    for layer in model.modules():
+def check_built_for(model: nn.Module, ranks: Ranks, walk: Walk | None = None) -> None:
+    """Raises a CallError where the model's forward pass takes itself for another rank.
+
+    walk   as of `targets_of`
+    """
+    for _, layer in (walk or Walk(model)).modules:
         if not isinstance(layer, ParallelLayer) or layer.tp_size != ranks.tp_size:
             continue  # another tp_size is every parameter's problem
         if layer.tp_rank != ranks.tp_rank:
@@ -155,9 +183,14 @@ def check_built_for(model: nn.Module, ranks: Ranks) -> None:
             )
 
 
-def ranks_of(model: nn.Module) -> Ranks:
-    """The rank that the model's layers were built for; the current one where they do not say."""
-    found = {m.ranks for m in model.modules() if isinstance(m, ParallelLayer) and m.tp_size > 1}
+def ranks_of(model: nn.Module, walk: Walk | None = None) -> Ranks:
+    """The rank that the model's layers were built for; the current one where they do not say.
+
+    walk   as of `targets_of`
+    """
+    modules = (walk or Walk(model)).modules
+    layers = [m for _, m in modules if isinstance(m, ParallelLayer) and m.tp_size > 1]
+    found = set({id(layer.ranks): layer.ranks for layer in layers}.values())
     if len(found) > 1:
         raise CallError(
             f"has layers built for {' and '.join(sorted(map(str, found)))}, needs one rank",
@@ -166,7 +199,10 @@ def ranks_of(model: nn.Module) -> Ranks:
     return found.pop() if found else ranks_module.current()
 
 
-def tensors_of(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    """The tensors that a plan fills, by target name: not those that it only compares."""
-    state = dict(state_of(model))
+def tensors_of(model: nn.Module, plan: Plan, walk: Walk | None = None) -> dict[str, torch.Tensor]:
+    """The tensors that a plan fills, by target name: not those that it only compares.
+
+    walk   as of `targets_of`
+    """
+    state = dict(state_of(model, walk))
     return {target.name: state[target.name] for target in plan.targets if target.expected is None}

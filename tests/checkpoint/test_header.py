@@ -145,6 +145,28 @@ BAD = [
         "header: has the key 'dtype' twice.",
     ),
     Fails(
+        "duplicate field beside one that is missing",
+        raw_file(
+            0,
+            b"a",
+            raw=b'{"a":{"dtype":"U8","shape":[1]},'
+            b'"b":{"dtype":"U8","shape":[1],"shape":[1],"data_offsets":[0,1]}}',
+        ),
+        "header: has the key 'shape' twice.",
+    ),
+    Fails(
+        "duplicate key in the metadata",
+        raw_file(0, raw=b'{"__metadata__":{"a":"b","a":"b"}}'),
+        "header: has the key 'a' twice.",
+        refused_by_library=False,
+    ),
+    Fails(
+        "metadata twice",
+        raw_file(0, raw=b'{"__metadata__":{"a":"b"},"__metadata__":{"a":"b"}}'),
+        "header: has the key '__metadata__' twice.",
+        refused_by_library=False,
+    ),
+    Fails(
         "metadata not an object",
         raw_file({"__metadata__": [1]}),
         "header: __metadata__ is [1], needs a JSON object of strings.",
@@ -477,6 +499,32 @@ def test_a_mutated_header_is_a_header_or_an_error(data: st.DataObject) -> None:
     if data.draw(st.booleans()):  # a right length, so that the damage is seen in the JSON
         file[:8] = (VALID[0] + len(file) - len(VALID)).to_bytes(8, "little", signed=True)
     assert_not_laxer_than_the_library(bytes(file))
+
+
+NAMES = st.text(st.sampled_from('ab:,{}[]" \\-0\u00e9'), max_size=5).filter("__metadata__".__ne__)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(NAMES, min_size=1, max_size=4), st.data())
+def test_a_key_twice_is_refused_whatever_it_is(names: list[str], data: st.DataObject) -> None:
+    """The members are written one by one, so the test knows which are there twice."""
+    names += data.draw(st.lists(st.sampled_from(names), max_size=1))
+    fields = ("dtype", "shape", "data_offsets")
+    members, is_twice = [], len(set(names)) < len(names)
+    for at, name in enumerate(names):
+        values = {"dtype": '"U8"', "shape": "[1]", "data_offsets": f"[{at},{at + 1}]"}
+        chosen = [*fields, *data.draw(st.lists(st.sampled_from(fields), max_size=1))]
+        is_twice |= len(chosen) > len(fields)
+        inner = ",".join(f'"{field}": {values[field]}' for field in chosen)
+        spelt = json.dumps(name, ensure_ascii=data.draw(st.booleans()))
+        members.append(f"{spelt}: {{{inner}}}")
+    raw = "{" + ",".join(members) + "}"
+    size = 8 + len(raw.encode()) + len(names)
+    if is_twice:
+        with pytest.raises(HeaderError, match="twice"):
+            parse_header(raw.encode(), size)
+    else:
+        assert list(parse_header(raw.encode(), size).tensors) == names
 
 
 def assert_header_or_error(raw: bytes, file_bytes: int) -> None:

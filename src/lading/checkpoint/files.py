@@ -13,13 +13,20 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from lading.checkpoint.header import PREFIX_BYTES, Header, header_length, parse_header
+from lading.checkpoint.header import (
+    PREFIX_BYTES,
+    Entries,
+    Header,
+    header_length,
+    parse_entries,
+    parse_header,
+)
 from lading.errors import (
     CallError,
     CheckpointError,
@@ -34,15 +41,18 @@ __all__ = [
     "file_size",
     "list_folder",
     "load_torch_file",
+    "read_entries",
     "read_header",
     "read_header_bytes",
     "read_json",
 ]
 
 Path = str | os.PathLike[str]
+_T = TypeVar("_T")
 
 _MIB = 1 << 20
 _O_DIRECT: int = vars(os).get("O_DIRECT", 0)  # Linux has it
+_CAN_ADVISE = "posix_fadvise" in vars(os)
 _MAX_CALL_BYTES = 1 << 30  # one preadv moves at most 2^31 - 4096 bytes on Linux; macOS refuses more
 
 
@@ -86,28 +96,47 @@ def read_header(path: Path, *, name: str | None = None) -> Header:
 
     Raises FileError, or HeaderError with `name` (the path unless given) as its file.
     """
-    return _read_header(path, name)[1]
+    raw, size = _read_head(path, name)
+    return _parsed(parse_header, raw, size, path, name)
+
+
+def read_entries(path: Path, *, name: str | None = None) -> tuple[Entries, int]:
+    """The same as plain values (`header.parse_entries`), and the size of the file. Raises as
+    `read_header` does.
+    """
+    raw, size = _read_head(path, name)
+    return _parsed(parse_entries, raw, size, path, name), size
 
 
 def read_header_bytes(path: Path, *, name: str | None = None) -> tuple[bytes, Header]:
     """The first bytes of a safetensors file as they are (its length and its header), and the
     checked header in them. Raises as `read_header` does.
     """
-    return _read_header(path, name)
+    raw, size = _read_head(path, name)
+    header = _parsed(parse_header, raw, size, path, name)
+    return len(raw).to_bytes(PREFIX_BYTES, "little") + raw, header
 
 
-def _read_header(path: Path, name: str | None) -> tuple[bytes, Header]:
+def _read_head(path: Path, name: str | None) -> tuple[bytes, int]:
+    """What follows the header's length, and the size of the file."""
     name = os.fspath(path) if name is None else name
     with _opened(path, name) as (fd, size):
         prefix = bytearray(min(PREFIX_BYTES, size))
         _read_exact(fd, memoryview(prefix), 0, name, size)
-        try:
-            raw = bytearray(header_length(bytes(prefix), size))
-            _read_exact(fd, memoryview(raw), PREFIX_BYTES, name, size)
-            return bytes(prefix + raw), parse_header(bytes(raw), size)
-        except HeaderError as error:
-            error.located(file=name)
-            raise
+        length = _parsed(header_length, bytes(prefix), size, path, name)
+        raw = bytearray(length)
+        _read_exact(fd, memoryview(raw), PREFIX_BYTES, name, size)
+        return bytes(raw), size
+
+
+def _parsed(
+    parse: Callable[[bytes, int], _T], raw: bytes, size: int, path: Path, name: str | None
+) -> _T:
+    try:
+        return parse(raw, size)
+    except HeaderError as error:
+        error.located(file=os.fspath(path) if name is None else name)
+        raise
 
 
 class ByteReader:
@@ -172,13 +201,13 @@ class ByteReader:
         """Asks the system to read what it is asked for, and nothing after it: readers of pieces
         would have the disk read the gaps too, 8 MiB at the end of each piece on some machines.
         """
-        if "posix_fadvise" in dir(os):
+        if _CAN_ADVISE:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(self.descriptor(file), 0, 0, os.POSIX_FADV_RANDOM)
 
     def forget(self, file: str) -> None:
         """Asks the system to drop the file's pages from its page cache, as a benchmark needs."""
-        if "posix_fadvise" in dir(os):
+        if _CAN_ADVISE:
             fd = self.descriptor(file)
             with contextlib.suppress(OSError):
                 os.fdatasync(fd)  # pages that are not on the disk yet cannot be dropped

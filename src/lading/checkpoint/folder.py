@@ -105,15 +105,16 @@ def parse_weight_map(tree: Any, index: str) -> tuple[dict[str, str], list[Lading
         if type(file) is not str:
             fact = f"weight_map gives it a value of type {type(file).__name__}, needs a file name"
             raise IndexFileError(fact, subject=name, file=index)
-    impossible = {
-        file: problem for file in set(weight_map.values()) if (problem := _name_problem(file))
-    }
+    files = set(weight_map.values())
+    impossible = {file: problem for file in files if (problem := _name_problem(file))}
     problems: list[LadingError] = [
         IndexFileError(f"names the file {file!r}, which {impossible[file]}", subject=index)
         for file in sorted(impossible)
     ]
-    possible = {name: file for name, file in weight_map.items() if file not in impossible}
-    if len({is_safetensors(file) for file in possible.values()}) == 2:
+    possible = weight_map
+    if impossible:
+        possible = {name: file for name, file in weight_map.items() if file not in impossible}
+    if len({is_safetensors(file) for file in files - impossible.keys()}) == 2:
         raise IndexFileError("names safetensors files and torch files, needs one", subject=index)
     return possible, problems
 

@@ -21,20 +21,26 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from typing import Any, NoReturn
 
 from lading.dtypes import BITS, printed, spell
 from lading.errors import CallError, HeaderError
+from lading.records import quick
 
 __all__ = [
     "MAX_HEADER_BYTES",
     "PREFIX_BYTES",
+    "Entries",
     "Header",
+    "Row",
     "TensorInfo",
     "encode_header",
     "header_length",
+    "parse_entries",
     "parse_header",
     "storage_shape",
 ]
@@ -45,10 +51,19 @@ _MAX_ELEMENTS = 2**64 - 1  # the format's integers are u64
 _LFS_PREFIX = b"version "  # a git LFS pointer file starts "version https://git-lfs..."
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_BY_BYTES = itemgetter(3, 4)
+
+Row = tuple[str, str, tuple[int, ...], int, int]
+"""A tensor's name, dtype, shape, and where its bytes start and stop in the file."""
+
+Entries = tuple[list[Row], dict[str, str]]
+"""The rows of a header in the order of their bytes, and its metadata."""
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """One tensor of a file; `start` and `stop` are bytes from the beginning of the file."""
@@ -142,15 +157,33 @@ def parse_header(raw: bytes, file_bytes: int) -> Header:
     "data_offsets":[0,4]}} and spaces -> data_start 72, tensors {"w": U8 (2, 2), start 72, stop 76}.
     """
     data_start = PREFIX_BYTES + len(raw)
-    tree = _parse_json(raw)
+    tensors, metadata = parse_entries(raw, file_bytes)
+    infos = {
+        name: TensorInfo(dtype=dtype, shape=shape, start=start, stop=stop)
+        for name, dtype, shape, start, stop in tensors
+    }
+    return Header(tensors=infos, metadata=metadata, data_start=data_start)
+
+
+def parse_entries(raw: bytes, file_bytes: int) -> Entries:
+    """What `parse_header` says, as plain values. Raises as it does."""
+    text = _decoded(raw)
+    plain = _parse_plain(text)
+    if plain is not None:
+        with suppress(HeaderError):  # which error comes first is found below
+            return _entries(plain, PREFIX_BYTES + len(raw), file_bytes)
+    return _entries(_parse_json(text), PREFIX_BYTES + len(raw), file_bytes)
+
+
+def _entries(tree: Any, data_start: int, file_bytes: int) -> Entries:
     if type(tree) is not dict:
         _fail(f"is {_short.repr(tree)}, needs a JSON object")
     metadata = _metadata(tree.pop("__metadata__", None))
     data_bytes = file_bytes - data_start
-    tensors = {name: _tensor(name, entry, data_start, data_bytes) for name, entry in tree.items()}
-    in_order = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)))
-    _check_cover(in_order, data_start, file_bytes)
-    return Header(tensors=in_order, metadata=metadata, data_start=data_start)
+    rows = [_row(name, entry, data_start, data_bytes) for name, entry in tree.items()]
+    rows.sort(key=_BY_BYTES)
+    _check_cover(rows, data_start, file_bytes)
+    return rows, metadata
 
 
 def encode_header(
@@ -195,11 +228,36 @@ def _fail_damaged(fact: str, subject: str = "header") -> NoReturn:
     raise HeaderError(fact, subject=subject, hint="copy or download the file again")
 
 
-def _parse_json(raw: bytes) -> Any:
+def _decoded(raw: bytes) -> str:
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         _fail_damaged(f"is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x})")
+
+
+def _parse_plain(text: str) -> Any:
+    """The tree of a header as writers write it; None where it has to be looked at more closely.
+
+    json keeps one of two values of one key, and a Python hook that finds them takes as long as the
+    rest of the parse. Without escapes a string is what lies between two quotes, and n entries that
+    are as they have to be are 5 n of them (name, three fields, dtype): a key more would be counted.
+    """
+    if "\\" in text or "-0" in text:
+        return None
+    try:
+        tree = json.loads(text, parse_float=_refuse_number, parse_constant=_refuse_number)
+    except (HeaderError, RecursionError, ValueError):
+        return None
+    if type(tree) is not dict:
+        return None
+    num_strings = 5 * len(tree)
+    if "__metadata__" in tree:
+        metadata = tree["__metadata__"]
+        num_strings += 2 * len(metadata) - 4 if type(metadata) is dict else 0
+    return tree if text.count('"') == 2 * num_strings else None
+
+
+def _parse_json(text: str) -> Any:
     # json takes "-0" for 0, where the format has no sign; a Python hook for every integer would
     # cost more than the rest of the parse, so it is used only where the text has one.
     parse_int = _unsigned if "-0" in text else None
@@ -256,7 +314,7 @@ def _metadata(value: Any) -> dict[str, str]:
     return value
 
 
-def _tensor(name: str, entry: Any, data_start: int, data_bytes: int) -> TensorInfo:
+def _row(name: str, entry: Any, data_start: int, data_bytes: int) -> Row:
     """One checked entry. The common path is short on purpose: large models have 100,000 of them."""
     if type(entry) is not dict or entry.keys() != _FIELDS:
         _fail_entry(name, entry)
@@ -265,12 +323,11 @@ def _tensor(name: str, entry: Any, data_start: int, data_bytes: int) -> TensorIn
     if bits is None:
         _fail(f"dtype is {_short.repr(dtype)}, needs one of {_known()}", name)
     count = _num_elements(name, shape)
-    if not _is_range(offsets):
-        fact = (
-            f"data_offsets are {_short.repr(offsets)}, needs [start, stop] with 0 <= start <= stop"
-        )
-        _fail(fact, name)
+    if type(offsets) is not list or len(offsets) != 2:
+        _fail_offsets(name, offsets)
     start, stop = offsets
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop:
+        _fail_offsets(name, offsets)
     if stop > data_bytes:
         _fail_damaged(
             f"its bytes are [{start}, {stop}) of the data, the file has only {max(data_bytes, 0)} "
@@ -279,9 +336,7 @@ def _tensor(name: str, entry: Any, data_start: int, data_bytes: int) -> TensorIn
         )
     if count * bits != (stop - start) * 8:
         _fail_size(name, dtype, shape, count * bits, stop - start)
-    return TensorInfo(
-        dtype=dtype, shape=tuple(shape), start=data_start + start, stop=data_start + stop
-    )
+    return name, dtype, tuple(shape), data_start + start, data_start + stop
 
 
 def _num_elements(name: str, shape: Any) -> int:
@@ -297,14 +352,9 @@ def _num_elements(name: str, shape: Any) -> int:
     return count
 
 
-def _is_range(offsets: Any) -> bool:
-    return (
-        type(offsets) is list
-        and len(offsets) == 2
-        and type(offsets[0]) is int
-        and type(offsets[1]) is int
-        and 0 <= offsets[0] <= offsets[1]
-    )
+def _fail_offsets(name: str, offsets: Any) -> NoReturn:
+    fact = f"data_offsets are {_short.repr(offsets)}, needs [start, stop] with 0 <= start <= stop"
+    _fail(fact, name)
 
 
 def _fail_entry(name: str, entry: Any) -> NoReturn:
@@ -328,22 +378,20 @@ def _fail_size(name: str, dtype: str, shape: list[int], needed_bits: int, found:
     )
 
 
-def _check_cover(tensors: Mapping[str, TensorInfo], data_start: int, file_bytes: int) -> None:
+def _check_cover(rows: Sequence[Row], data_start: int, file_bytes: int) -> None:
     """Tensors in order of `start` touch each other from `data_start` to the end of the file."""
     reached, previous = data_start, ""
-    for name, info in tensors.items():
-        if info.start < reached:
+    for name, _, _, start, stop in rows:
+        if start < reached:
             _fail(
-                f"begins at byte {info.start} of the file, inside tensor {_short.repr(previous)}, "
+                f"begins at byte {start} of the file, inside tensor {_short.repr(previous)}, "
                 f"which ends at {reached}",
                 name,
             )
-        if info.start > reached:
-            fact = (
-                f"begins at byte {info.start} of the file, needs {reached} (holes are not allowed)"
-            )
+        if start > reached:
+            fact = f"begins at byte {start} of the file, needs {reached} (holes are not allowed)"
             _fail(fact, name)
-        reached, previous = info.stop, name
+        reached, previous = stop, name
     if reached != file_bytes:
         _fail_damaged(
             f"its tensors end at byte {reached}, the file has {file_bytes} bytes "

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lading.checkpoint.files import file_size, read_header, read_json
+from lading.checkpoint.files import file_size, read_entries, read_json
 from lading.checkpoint.folder import Entry, find_entry, is_safetensors, parse_weight_map
-from lading.checkpoint.sources import Checkpoint, Source, sources_of
+from lading.checkpoint.sources import Checkpoint, Source, sources_in
 from lading.collecting import uncollected
 from lading.errors import (
     CheckpointError,
@@ -133,14 +133,16 @@ def _read_file(folder: str, file: str, problems: list[LadingError]) -> _Contents
         found, size, bad = torch_sources(folder, file)
         problems += bad
         return _Contents(sources={s.name: s for s in found}, file_bytes=size, metadata={})
-    header = read_header(os.path.join(folder, file), name=file)
-    sources = sources_of(header, file)
-    return _Contents(sources=sources, file_bytes=header.file_bytes, metadata=header.metadata)
+    (rows, metadata), size = read_entries(os.path.join(folder, file), name=file)
+    return _Contents(sources=sources_in(rows, file), file_bytes=size, metadata=metadata)
 
 
 def _merge(contents: Mapping[str, _Contents], problems: list[LadingError]) -> dict[str, Source]:
     tensors: dict[str, Source] = {}
     for file, found in contents.items():
+        if tensors.keys().isdisjoint(found.sources):
+            tensors.update(found.sources)
+            continue
         for name, source in found.sources.items():
             other = tensors.setdefault(name, source)
             if other is not source:
@@ -159,6 +161,9 @@ def _compare(
     and so are the tensors that it should hold.
     """
     for name, file in weight_map.items():
+        found = tensors.get(name)
+        if found is not None and found.file == file:
+            continue
         if file in contents and name not in contents[file].sources:
             there = f"it is in {tensors[name].file}" if name in tensors else "it is not there"
             problems.append(IndexFileError(f"the index places it in {file}, {there}", subject=name))

@@ -7,17 +7,19 @@ from the beginning of its file; offsets given to a reader count from the beginni
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from lading.checkpoint.files import ByteReader
-from lading.checkpoint.header import Header, storage_shape
+from lading.checkpoint.header import Header, Row, storage_shape
+from lading.records import quick
 
 __all__ = ["Checkpoint", "Reader", "SafetensorsReader", "Source"]
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """One tensor of a checkpoint.
@@ -55,6 +57,21 @@ def sources_of(header: Header, file: str) -> dict[str, Source]:
             num_bytes=info.num_bytes,
         )
         for name, info in header.tensors.items()
+    }
+
+
+def sources_in(rows: Iterable[Row], file: str) -> dict[str, Source]:
+    """The same from the rows of a header that nobody needs otherwise."""
+    return {
+        name: Source(
+            name=name,
+            dtype=dtype,
+            shape=shape,
+            file=file,
+            offset_bytes=start,
+            num_bytes=stop - start,
+        )
+        for name, dtype, shape, start, stop in rows
     }
 
 

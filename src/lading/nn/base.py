@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +151,7 @@ class ParallelLayer(LoadableModule):
     def _layout(self, spec: TensorSpec) -> Layout:
         fused = self.quant is not None and self.quant.fused
         try:
-            return self.layer.layout(spec, self.tp_size, fused_source=fused)
+            return _layout_of(self.layer, spec, self.tp_size, fused)
         except LadingError as error:
             name = self.prefix or type(self).__name__
             if self.quant is not None:
@@ -301,6 +302,12 @@ class ParallelLayer(LoadableModule):
         return f"in={self.layer.input.size}, out={outputs}, {self.ranks}, bias={self.layer.bias}"
 
 
+@lru_cache(maxsize=1024)
+def _layout_of(layer: Layer, spec: TensorSpec, tp_size: int, fused_source: bool) -> Layout:
+    """One value for equal layers: a model has the same ones in each block."""
+    return layer.layout(spec, tp_size, fused_source=fused_source)
+
+
 def _replaced(old: BasevLLMParameter, data: torch.Tensor) -> BasevLLMParameter:
     """The same object over other memory, so that whoever else holds it (a tied layer, an engine)
     keeps it; another one like it where torch cannot swap (weak references).
@@ -416,12 +423,16 @@ def refuse_forward(model: nn.Module, reason: str) -> None:
     start_load(model)  # what was noted as loaded is no longer so
 
 
-def allow_forward(model: nn.Module) -> None:
-    """Takes the marks of `refuse_forward` away."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Refusal):
-                del module._forward_pre_hooks[key]
+def allow_forward(model: nn.Module, walk: owners.Walk | None = None) -> None:
+    """Takes the marks of `refuse_forward` away.
+
+    walk   over the model, where somebody has made one
+    """
+    for _, module in (walk or owners.Walk(model)).modules:
+        if module._forward_pre_hooks:
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, _Refusal):
+                    del module._forward_pre_hooks[key]
 
 
 def start_load(model: nn.Module) -> None:
