@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import signal
 import subprocess
@@ -481,6 +482,28 @@ def compiler() -> str | None:
     found = (sysconfig.get_config_var("CC") or "cc").split()[0]
     header = Path(sysconfig.get_path("include")) / "Python.h"
     return which(found) if header.exists() and SOURCE.exists() else None
+
+
+@pytest.mark.parametrize("native", ENGINES)
+@pytest.mark.parametrize("direct", [0, 1])
+def test_memory_that_nobody_has_touched(native: bool, direct: int, tmp_path: Path) -> None:
+    """Large, new, and not at the start of a page; what is beside it in its pages stays."""
+    size, at = 3 << 20, BLOCK_BYTES + 64
+    room = mmap.mmap(-1, size + 3 * BLOCK_BYTES)
+    memory = np.frombuffer(room, dtype=np.uint8)
+    memory[:at], memory[at + size :] = 7, 9
+    path, data = tmp_path / "x.bin", noise(size)
+    path.write_bytes(data.tobytes())
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        jobs = np.array([[0, 0, memory.ctypes.data + at, size, 1, size, size, direct]])
+        fault = Engine(threads=2, chunk_bytes=1 << 20, native=native).run(jobs, [(fd, -1)])
+    finally:
+        os.close(fd)
+    assert fault is None
+    assert np.array_equal(memory[at : at + size], data)
+    assert (memory[:at] == 7).all()
+    assert (memory[at + size :] == 9).all()
 
 
 @pytest.mark.skipif(compiler() is None, reason="no C compiler, or not the sources")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lading.transport.engine import BLOCK_BYTES, Engine, native_engine
 from lading.transport.residency import resident_bytes
 
 from ..oracles import index_of, numbered
-from .made import FakeGpu
+from .made import O_DIRECT, FakeGpu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are for Linux")
 
@@ -514,6 +515,31 @@ def test_a_number_of_threads_is_a_limit_also_where_files_are_cold(tmp_path: Path
         transport = Transport(reader=reader, direct=True, limits=Limits(num_threads=2))
         transport.run(plan, plan.share(Ranks()), {"w.weight": memory}, lambda _: None)
     assert [engine.threads for engine in seen] == [2]
+
+
+@pytest.mark.parametrize(
+    ("path", "calls"),
+    [("native", 64), ("python", 64), ("native, shared", 1), ("python, shared", 1)],
+)
+def test_rows_that_ranks_of_a_host_share_come_from_a_cold_disk_in_one_read(
+    path: str, calls: int, tmp_path: Path
+) -> None:
+    engine, _, is_shared = path.partition(", ")
+    if is_shared and not O_DIRECT:
+        pytest.skip("no direct reads here")
+    if engine == "native" and not NATIVE:
+        pytest.skip("none was built")
+    full = torch.arange(64 * 4096, dtype=torch.float32).reshape(64, 4096)
+    checkpoint, plan = one(tmp_path, Layer.row(4096, 64), full, 2)
+    memory = torch.zeros(64, 2048)
+    with pytest.MonkeyPatch.context() as patch, checkpoint.reader() as reader:
+        patch.setattr(moving, "Engine", partial(Engine, native=engine == "native"))
+        options: dict[str, Any] = {"direct": True, "num_local": 2} if is_shared else {}
+        transport = Transport(reader=reader, **options)
+        ranks = Ranks(tp_rank=1, tp_size=2)
+        transport.run(plan, plan.share(ranks), {"w.weight": memory}, lambda _: None)
+    assert torch.equal(memory, full[:, 2048:])
+    assert transport.stats.calls == calls
 
 
 def test_cold_files_are_read_past_the_page_cache(tmp_path: Path) -> None:

@@ -106,3 +106,39 @@ def test_an_error_of_its_own_is_raised(tmp_path: Path, monkeypatch: pytest.Monke
         Engine(threads=1, chunk_bytes=4096, native=False).run(work.jobs, files)
     assert len(calls) == 3
     assert work.is_partly_done()
+
+
+class Late(threading.Thread):
+    """A system on which Ctrl-C comes while the second thread is started; that begins afterwards."""
+
+    made: list[threading.Thread]
+
+    def start(self) -> None:
+        Late.made.append(self)
+        if len(Late.made) == 2:
+            raise KeyboardInterrupt
+        super().start()
+
+
+def test_a_thread_that_begins_after_the_end_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Late.made = []
+    work = neighbours(400, 4096)
+    monkeypatch.setattr(python_engine.threading, "Thread", Late)
+    taken: list[threading.Thread] = []
+    take = python_engine.PythonRun.take
+
+    def noted(self: Any) -> Any:
+        taken.append(threading.current_thread())
+        return take(self)
+
+    monkeypatch.setattr(python_engine.PythonRun, "take", noted)
+    with opened(work.write(tmp_path)) as files, pytest.raises(KeyboardInterrupt):
+        Engine(threads=4, chunk_bytes=4096, native=False).run(work.jobs, files)
+    first, late = Late.made
+    assert not first.is_alive()
+    threading.Thread.start(late)
+    late.join()
+    assert late not in taken
+    assert work.is_partly_done()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lading.transport import residency
-from lading.transport.residency import is_remote, resident_bytes
+from lading.transport.residency import is_remote, resident_bytes, resident_part
 
 SIZE = (1 << 20) + 123
 
@@ -48,6 +49,8 @@ def test_a_file_that_was_dropped_is_not(fd: int) -> None:
 
 def test_a_descriptor_of_nothing() -> None:
     assert resident_bytes(1 << 20, 10) is None
+    assert resident_part(1 << 20, 10) is None
+    assert resident_part(1 << 20, 1 << 40) is None
     assert is_remote(1 << 20) is None
 
 
@@ -63,6 +66,27 @@ def test_a_local_folder_is_not_remote(tmp_path: Path) -> None:
         assert is_remote(fd) is False
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("size", [SIZE, 40 << 20], ids=["all of it", "samples"])
+@pytest.mark.parametrize("read", [0, 0.25, 0.75, 1])
+def test_the_part_that_is_resident(size: int, read: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(bytes(size))
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if resident_bytes(fd, size) != 0:
+            pytest.skip("this file system keeps what it has, or nobody can say")
+        for at in range(0, int(size * read), 1 << 20):
+            os.pread(fd, min(1 << 20, int(size * read) - at), at)
+        found = resident_part(fd, size)
+    finally:
+        os.close(fd)
+    assert found is not None
+    assert abs(found - read) < 0.1
 
 
 class Library:
@@ -112,3 +136,39 @@ def test_advice_is_only_advice() -> None:
     """Memory that is not there, or less than a page of it, is no error."""
     residency.HugePages().use(4096 * 10, 4096 * 6000)
     residency.HugePages().use(4097, 3)
+
+
+class Pages:
+    """A C library and a clock: touching the first `fast` huge pages takes no time, others 6 ms."""
+
+    def __init__(self, fast: int) -> None:
+        self.fast, self.now = fast, 0.0
+        self.touched = 0
+        self.advice: list[tuple[int, int]] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def madvise(self, _address: object, num_bytes: ctypes.c_size_t, advice: int) -> int:
+        self.advice.append((advice, num_bytes.value))
+        if advice == residency.MADV_POPULATE_WRITE:
+            self.touched += 1
+            self.now += 0.0001 if self.touched <= self.fast else 0.006
+        return 0
+
+
+def test_what_one_load_found_of_huge_pages_holds_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages = Pages(fast=3)
+    monkeypatch.setattr(residency, "_library", lambda: pages)
+    monkeypatch.setattr(residency, "time", pages)
+    residency.huge_pages.cache_clear()
+    try:
+        residency.huge_pages().use(1 << 30, 100 << 21)
+        assert pages.touched == 4, "the fourth was slow"
+        assert pages.advice[-1] == (residency.MADV_NOHUGEPAGE, 1 << 21)
+        residency.huge_pages().use(2 << 30, 100 << 21)
+        assert pages.touched == 4, "no more are tried"
+    finally:
+        residency.huge_pages.cache_clear()

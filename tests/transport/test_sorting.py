@@ -106,12 +106,35 @@ def test_what_ranks_share_goes_through_the_page_cache(
     memory = {"w.weight": torch.zeros(layout.local_shape)}
     full = {"w.weight": torch.arange(24.0).reshape(4, 6)}
     ranks = Ranks(tp_rank=1, tp_size=2)
-    (batch,), _, _ = sorted_out(
+    (batch,), found, _ = sorted_out(
         tmp_path, full, [target], memory, ranks=ranks, direct=True, num_local=num_local
     )
     jobs, _ = batch[CPU].jobs.jobs()
-    expected = direct and bool(O_DIRECT)
-    assert set(jobs[:, 7].tolist()) == {int(expected)}
+    descriptors = found._opened.descriptors
+    past_it = {bool(job[7]) and descriptors[job[0]][1] >= 0 for job in jobs.tolist()}
+    assert past_it == {direct and bool(O_DIRECT)}
+
+
+@pytest.mark.skipif(not O_DIRECT, reason="no direct reads here")
+def test_shared_rows_are_read_in_spans_but_not_what_all_ranks_keep(tmp_path: Path) -> None:
+    full = {name: torch.arange(24.0).reshape(4, 6) for name in ("cut.weight", "whole.weight")}
+    layers = {"cut.weight": Layer.row(6, 4), "whole.weight": Layer.replicated(6, 4)}
+    specs = {name: layer.layout(dense_specs(bias=False)[0], 2) for name, layer in layers.items()}
+    targets = [Target(name=name, layout=specs[name], dtype="F32") for name in full]
+    memory = {name: torch.zeros(layout.local_shape) for name, layout in specs.items()}
+    (batch,), found, _ = sorted_out(
+        tmp_path, full, targets, memory, ranks=Ranks(tp_rank=1, tp_size=2), direct=True, num_local=2
+    )
+    jobs, _ = batch[CPU].jobs.jobs()
+    opened = found._opened
+    number = opened.number("model.safetensors")
+    assert {(rows > 1, file, direct) for file, _, _, _, rows, _, _, direct in jobs.tolist()} == {
+        (True, opened.through_cache(number), 1),
+        (False, number, 0),
+    }
+    assert opened.names == ["model.safetensors"] * 2
+    assert opened.descriptors[0][0] == opened.descriptors[1][0]
+    assert opened.is_cold == [True, True]
 
 
 def test_large_parameters_are_noted(tmp_path: Path) -> None:
@@ -137,7 +160,7 @@ def test_cold_and_remote_files(
 ) -> None:
     monkeypatch.setattr(sorting, "is_remote", lambda _: remote)
     monkeypatch.setattr(
-        sorting, "resident_bytes", lambda _, n: None if resident is None else n * resident // 100
+        sorting, "resident_part", lambda _, n: None if resident is None else resident / 100
     )
     save_file({"w": torch.zeros(1000)}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path).reader() as reader:

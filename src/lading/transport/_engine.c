@@ -26,11 +26,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_SEGMENTS = 1024, BLOCK = 4096, NOT_READY = 600, NAP_NS = 10000 };
+enum { MAX_SEGMENTS = 1024, BLOCK = 4096, NOT_READY = 600, NAP_NS = 10000, POPULATE_WRITE = 23 /* of madvise */ };
 enum { FAILED_READ = 1, FILE_ENDED = 2, FAILED_CUDA = 3, NO_MEMORY = 4 };
 #define MAX_CHUNK ((int64_t)1 << 29) /* with its gaps less than what one preadv reads */
 
@@ -102,8 +103,7 @@ static int read_all(worker_t *w, int64_t job, int fd, struct iovec *iov, int cou
     while (done < wanted) {
         ssize_t got = preadv(fd, iov, count, offset + done);
         w->calls++;
-        if (got < 0 && errno == EINTR)
-            continue;
+        if (got < 0 && errno == EINTR) continue;
         if (got <= 0)
             return fail(r, got ? (fault_t){FAILED_READ, errno, job, offset + done, wanted, done}
                                : (fault_t){FILE_ENDED, 0, job, offset, wanted, done});
@@ -171,8 +171,7 @@ static int read_usual(worker_t *w, unit_t *u, char *packed) {
         job_t *j = part_of(w->run, u, k, &begin, &end);
         for (char *into; begin < end; begin += bytes) {
             bytes = piece_of(j, begin, end, &offset, &into);
-            if (add(w, &b, k, offset, packed ? packed : into, bytes))
-                return -1;
+            if (add(w, &b, k, offset, packed ? packed : into, bytes)) return -1;
             packed = packed ? packed + bytes : NULL;
         }
     }
@@ -220,10 +219,23 @@ static void scatter(run_t *r, unit_t *u, const char *buffer, int64_t first) {
     }
 }
 
+/* Takes a unit's memory from the system at once where it is new: a quarter cheaper than a fault for each
+ * page in the midst of a read. The page in the middle tells: asking for what is there costs too. */
+static void populate(const job_t *j, const unit_t *u) {
+    int64_t offset;
+    char *from, *last;
+    unsigned char is_there = 1;
+    piece_of(j, u->begin, u->end, &offset, &from), piece_of(j, u->end - 1, u->end, &offset, &last);
+    from -= (uintptr_t)from % BLOCK, last += BLOCK - (uintptr_t)last % BLOCK;
+    char *middle = from + (last - from) / 2 / BLOCK * BLOCK;
+    if (last - from >= 16 * BLOCK && !mincore(middle, BLOCK, &is_there) && !(is_there & 1))
+        madvise(from, (size_t)(last - from), POPULATE_WRITE); /* an older kernel refuses */
+}
+
 static int host_unit(worker_t *w, unit_t *u) {
     int64_t first;
-    if (!w->run->jobs[u->job].direct)
-        return read_usual(w, u, NULL);
+    if (u->last == u->job) populate(&w->run->jobs[u->job], u);
+    if (!w->run->jobs[u->job].direct) return read_usual(w, u, NULL);
     int bad = read_direct(w, u, w->bounce, &first);
     return bad ? bad : (scatter(w->run, u, w->bounce, first), 0);
 }
@@ -346,8 +358,7 @@ static void submit(run_t *r) {
     int code = slabs ? r->cuda->set_context(r->cuda->context) : 2;
     for (int64_t i = 0; i < n && !code; i++)
         code = r->cuda->event_create(&r->events[i], 2); /* without timing */
-    if (code)
-        cuda_failed(r, 0, code);
+    if (code) cuda_failed(r, 0, code);
     while (slabs && (count = take_full(r, packs, begun - ended)) >= 0) {
         if (!count)
             nanosleep(&(struct timespec){0, NAP_NS}, NULL); /* its core is worth more to a reader */
@@ -365,16 +376,13 @@ static void submit(run_t *r) {
         }
         for (; ended < begun; ended++) {
             code = r->cuda->event_query(r->events[slabs[ended % n]]);
-            if (code == NOT_READY)
-                break;
-            if (code && !atomic_load(&r->stop))
-                cuda_failed(r, r->num_jobs, code);
+            if (code == NOT_READY) break;
+            if (code && !atomic_load(&r->stop)) cuda_failed(r, r->num_jobs, code);
             give_back(r, slabs[ended % n]);
         }
     }
     for (int64_t i = 0; i < n; i++)
-        if (r->events[i])
-            r->cuda->event_destroy(r->events[i]);
+        if (r->events[i]) r->cuda->event_destroy(r->events[i]);
     free(slabs);
 }
 
@@ -414,8 +422,7 @@ static int64_t room_of(run_t *r, job_t *j) { return r->chunk - (j->direct && r->
 static int64_t unit_step(run_t *r, job_t *j) {
     int64_t row = j->direct && j->rows > 1 ? j->file_stride : j->run; /* direct reads take the gaps */
     int64_t most = room_of(r, j);
-    if (j->rows == 1 || row > most)
-        return most < j->run ? most : j->run;
+    if (j->rows == 1 || row > most) return most < j->run ? most : j->run;
     return most / row * j->run;
 }
 
@@ -439,8 +446,7 @@ static int cut_units(run_t *r) {
             int64_t end = at + step, stop = step < j->run ? at - at % j->run + j->run : total; /* of a long row */
             end = end < stop ? end : stop;
             unit_t *more = n < room ? r->units : realloc(r->units, sizeof(unit_t) * (size_t)(room = room * 2 + 64));
-            if (!more)
-                return -1;
+            if (!more) return -1;
             r->units = more;
             r->units[n++] = (unit_t){k, last, at, end, 0, 0, 0};
             at = end;
@@ -485,8 +491,7 @@ static void begin_threads(run_t *r) {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     pthread_mutex_lock(&r->lock);
     for (worker_t *w = r->workers; r->started < count; r->started++, w++)
-        if ((w->run = r, pthread_create(&w->id, NULL, work, w)))
-            break;
+        if ((w->run = r, pthread_create(&w->id, NULL, work, w))) break;
     int64_t readers = r->readers = r->started - (r->cuda && r->started); /* they begin, and may end, now */
     atomic_store(&r->running, r->started);
     pthread_mutex_unlock(&r->lock);
@@ -518,8 +523,7 @@ static int prepare(run_t *r) {
     for (int64_t i = r->num_slabs; r->free && i > 0; i--)
         r->free[r->num_free++] = i - 1;
     int bad = !r->workers || !r->free || !r->full || !r->events || cut_units(r) || (r->cuda && cut_packs(r));
-    if (r->num_units < r->threads)
-        r->threads = r->num_units ? r->num_units : 1;
+    if (r->num_units < r->threads) r->threads = r->num_units ? r->num_units : 1;
     return bad;
 }
 
@@ -531,8 +535,7 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args) {
                           &tables[3], &sizes[3], &tables[4], &sizes[4], &threads, &chunk, &gap, &buffer_bytes))
         return NULL;
     run_t *r = calloc(1, sizeof(run_t));
-    if (!r)
-        return PyErr_NoMemory();
+    if (!r) return PyErr_NoMemory();
     r->jobs = (job_t *)tables[0], r->num_jobs = sizes[0] / (Py_ssize_t)sizeof(job_t);
     r->files = (file_t *)tables[1];
     const int64_t *slabs = sizes[2] == 2 * sizeof(int64_t) ? (const int64_t *)tables[2] : (int64_t[2]){0, 0};
@@ -548,8 +551,7 @@ static PyObject *start(PyObject *Py_UNUSED(self), PyObject *args) {
         return NULL;
     }
     PyObject *capsule = prepare(r) ? PyErr_NoMemory() : PyCapsule_New(r, "lading.run", forget);
-    if (!capsule)
-        return destroy(r), NULL;
+    if (!capsule) return destroy(r), NULL;
     Py_INCREF(r->args = args);
     begin_threads(r);
     return capsule;
@@ -560,8 +562,7 @@ static PyObject *wait_for(PyObject *Py_UNUSED(self), PyObject *args) {
     double seconds;
     int over;
     run_t *r = PyArg_ParseTuple(args, "Od", &capsule, &seconds) ? run_of(capsule) : NULL;
-    if (!r)
-        return NULL;
+    if (!r) return NULL;
     Py_BEGIN_ALLOW_THREADS
     int64_t ns = now_ns() + (int64_t)(seconds * 1e9);
     struct timespec until = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
@@ -581,8 +582,7 @@ static PyObject *stop(PyObject *Py_UNUSED(self), PyObject *capsule) {
 
 static PyObject *result(PyObject *Py_UNUSED(self), PyObject *capsule) {
     run_t *r = run_of(capsule);
-    if (!r)
-        return NULL;
+    if (!r) return NULL;
     if (atomic_load(&r->running) > 0)
         return PyErr_SetString(PyExc_ValueError, "the run has not ended"), NULL;
     fault_t *f = &r->fault;

@@ -28,7 +28,7 @@ offset, target  of the first run: in the file; the address in memory
 run             bytes of one run
 rows            how many runs there are
 file_stride, target_stride   bytes from one run to the next, on either side
-direct          1 = read past the page cache
+direct          1 = read in whole spans; past the page cache, if the file has a descriptor for it
 """
 
 Jobs = NDArray[np.int64]

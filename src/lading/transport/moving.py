@@ -44,7 +44,7 @@ from lading.transport.host import (
     position,
 )
 from lading.transport.jobs import JobList, Jobs, Piece, common_runs
-from lading.transport.residency import HugePages
+from lading.transport.residency import huge_pages
 from lading.transport.rounds import AUTOMATIC, Sharing, is_worth
 from lading.transport.sorting import Opened, Sorting, Straight
 
@@ -496,7 +496,7 @@ def gpus_for(limits: Limits, num_local: int) -> Gpus:
 
 def _advise(targets: Iterable[torch.Tensor]) -> None:
     """Huge pages for large memory that nobody has touched yet: fewer faults while it is filled."""
-    pages = HugePages()
+    pages = huge_pages()
     for target in targets:
         address = writing.address(target)
         if address is not None:

@@ -102,6 +102,9 @@ class PythonRun:
         self.buffer_bytes = engine.chunk_bytes + 2 * BLOCK_BYTES
         self.stats = Stats()
         self.lock = threading.Lock()
+        self._ended = threading.Condition(self.lock)
+        self._begun = self._running = 0
+        self._closed = False
         self._fault: Fault | None = None
         self._error: BaseException | None = None
         self._stopped = False
@@ -116,17 +119,27 @@ class PythonRun:
             try:
                 thread.start()
             except RuntimeError:  # the system has no more threads: those that began do it all
+                self._threads.pop()
                 if not index:
                     self.fail(Fault(kind=NO_MEMORY, code=errno.EAGAIN, job=0, **_NOWHERE))
                 return
 
     def wait(self, seconds: float) -> tuple[bool, int]:
-        until = time.monotonic() + seconds
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(max(0.0, until - time.monotonic()))
-        over = not any(thread.is_alive() for thread in self._threads)
-        return over, self.stats.moved_bytes
+        """Whether all is over, and the bytes moved.
+
+        Ctrl-C can come while a thread is being started: nobody knows then whether it is, so one that
+        begins after the end does nothing.
+        """
+        with self._ended:
+            self._closed = self._closed or self._ended.wait_for(self._is_over, seconds)
+        if self._closed:
+            for thread in self._threads:
+                if thread.is_alive():  # on its last steps
+                    thread.join()
+        return self._closed, self.stats.moved_bytes
+
+    def _is_over(self) -> bool:
+        return not self._running and (self._stopped or self._begun == len(self._threads))
 
     def stop(self) -> None:
         self._stopped = True
@@ -153,6 +166,18 @@ class PythonRun:
             self._stopped = True
 
     def _work(self, index: int) -> None:
+        with self.lock:
+            if self._closed:
+                return
+            self._begun, self._running = self._begun + 1, self._running + 1
+        try:
+            self._do_units(index)
+        finally:
+            with self._ended:
+                self._running -= 1
+                self._ended.notify_all()
+
+    def _do_units(self, index: int) -> None:
         try:
             worker = _Worker(self, index)
             try:

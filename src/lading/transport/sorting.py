@@ -18,7 +18,7 @@ from lading.plan import Plan
 from lading.regions import Copy
 from lading.transport.host import located
 from lading.transport.jobs import Grid, JobList, Piece, common_runs
-from lading.transport.residency import is_remote, resident_bytes
+from lading.transport.residency import is_remote, resident_part
 
 __all__ = ["Opened", "Sorting", "Straight"]
 
@@ -49,12 +49,14 @@ class _Kind:
     """What copies between the same two regions, of one dtype, have in common.
 
     is_shared   other ranks of this host need bytes from the same pages of the file
+    is_cut      rows of it are cut: it is many runs
     is_large    the bytes are worth huge pages
     """
 
     dtype: torch.dtype
     piece: Piece
     is_shared: bool
+    is_cut: bool
     is_large: bool
 
 
@@ -97,28 +99,33 @@ class Sorting:
         works: dict[torch.device, Straight | None] = {}
         sources, tensors, values = self._plan.sources, self._tensors, self.values
         opened, kinds, numbers = self._opened, self._kinds, self._opened.numbers
+        name: str | None = None
         for copy in copies:
-            target, source = tensors[copy.target], sources[copy.source]
-            device = target.device
-            if device not in works:
-                works[device] = Straight() if device.type in ("cpu", "cuda") else None
-            work = works[device]
-            address = writing.address(target) if work is not None and not copy.axes else None
-            if work is None or address is None:
+            source = sources[copy.source]
+            if copy.target != name:  # the parts of a parameter come one after another
+                name, target = copy.target, tensors[copy.target]
+                device, dtype = target.device, target.dtype
+                if device not in works:
+                    works[device] = Straight() if device.type in ("cpu", "cuda") else None
+                work = works[device]
+                address = writing.address(target) if work is not None else None
+            if work is None or address is None or copy.axes:
                 values.setdefault(device, []).append(copy)
                 continue
             key = (id(copy.source_region), id(copy.target_region), source.dtype)
             kind = kinds.get(key)
             if kind is None:
                 kind = kinds[key] = self._kind_of(copy, source.dtype)
-            if kind.dtype != target.dtype:
+            if kind.dtype != dtype:
                 values.setdefault(device, []).append(copy)
                 continue
             file = numbers.get(source.file)
             if file is None:
                 with located(source, copy.target, copy.part):
                     file = opened.number(source.file)
-            is_direct = opened.is_cold[file] and not kind.is_shared
+            is_direct = opened.is_cold[file] and (kind.is_cut or not kind.is_shared)
+            if is_direct and kind.is_shared:
+                file = opened.through_cache(file)
             work.jobs.add(kind.piece, file, source.offset_bytes, address, is_direct)
             work.copies.append(copy)
             if kind.is_large:
@@ -131,6 +138,7 @@ class Sorting:
             dtype=dtypes.to_torch(code),
             piece=Piece(grid, size),
             is_shared=self._num_local > 1 and _is_shared(copy, grid, self._plan.tp_size),
+            is_cut=grid.num_runs > 1,
             is_large=grid.length * grid.num_runs * size >= HUGE_TENSOR_BYTES,
         )
 
@@ -154,6 +162,7 @@ class Opened:
         self.files = files
         self._direct = direct
         self.numbers: dict[str, int] = {}
+        self._through_cache: dict[int, int] = {}
 
     def number(self, file: str) -> int:
         """The number of a file. Raises a FileError."""
@@ -173,7 +182,20 @@ class Opened:
         self.numbers[file] = len(self.names) - 1
         return self.numbers[file]
 
+    def through_cache(self, number: int) -> int:
+        """Another number of a cold file: by it, direct jobs too are read through the page cache.
+
+        That is for rows that are cut, of which the ranks of this host need all: whole spans, gaps
+        included. A disk answers a read of each run by itself ten times slower than large ones.
+        """
+        if number not in self._through_cache:
+            self._through_cache[number] = len(self.names)
+            self.names.append(self.names[number])
+            self.descriptors.append((self.descriptors[number][0], -1))
+            self.is_cold.append(True)
+            self.is_remote.append(self.is_remote[number])
+        return self._through_cache[number]
+
     def _is_cold(self, fd: int, file: str) -> bool:
-        size = self.files.file_bytes(file)
-        found = resident_bytes(fd, size)
-        return found is not None and found < WARM * size
+        found = resident_part(fd, self.files.file_bytes(file))
+        return found is not None and found < WARM
