@@ -127,8 +127,8 @@ class PythonRun:
     def wait(self, seconds: float) -> tuple[bool, int]:
         """Whether all is over, and the bytes moved.
 
-        Ctrl-C can come while a thread is being started: nobody knows then whether it is, so one that
-        begins after the end does nothing.
+        Ctrl-C can come while a thread is being started: nobody knows then whether it is, so one
+        that begins after the end does nothing.
         """
         with self._ended:
             self._closed = self._closed or self._ended.wait_for(self._is_over, seconds)

@@ -57,9 +57,9 @@ class Sharing:
 
 
 AUTOMATIC = Sharing(run_bytes=2 * 2**10, cost=3.0)
-"""Where nobody has asked for it: other runs the engine reads as fast as dense ones, and an exchange,
-for which it drains, costs more. On two ranks it does so at a cost of 2: runs of 1 KiB, every other
-one, took 0.032 s with each rank reading its own, and 0.043 s (benchmarks/README.md).
+"""Where nobody has asked for it: other runs the engine reads as fast as dense ones, and an
+exchange, for which it drains, costs more. On two ranks it does so at a cost of 2: runs of 1 KiB,
+every other one, took 0.032 s with each rank reading its own, and 0.043 s (benchmarks/README.md).
 """
 
 LEAST_BYTES = 256 * 2**20
