@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["Limits", "Transport", "gpus_for"]
 
 COLD_CHUNK_BYTES = 4 * 2**20
-COLD_THREADS = 16
+COLD_THREADS = 24
 """So many reads of this size keep a disk, or a network, busy (benchmarks/README.md)."""
 
 VALUES_BYTES = 256 * 2**20
