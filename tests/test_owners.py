@@ -167,3 +167,11 @@ def test_a_shared_parameter_keeps_its_first_name() -> None:
     model.register_module("again", model.layers[1])
     name_parameters(model)
     assert name_of(model.layers[1].qkv_proj.weight) == "layers.1.qkv_proj.weight"
+
+
+def test_names_of_modules_that_hold_one_another() -> None:
+    """A child that knows its parent: torch's own walk comes to an end, and so does this one."""
+    model = Model()
+    model.layers[0].parent = model
+    name_parameters(model)
+    assert name_of(model.layers[1].qkv_proj.weight) == "layers.1.qkv_proj.weight"

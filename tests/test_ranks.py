@@ -138,6 +138,16 @@ def test_join_world_takes_this_process_own_gpu(
     assert done == [gpu, "nccl", "gloo"]
 
 
+def test_join_world_for_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(CallError) as caught:
+        ranks_module.join_world(device_type="cuda")
+    assert str(caught.value) == "device: is 'cuda', but this process sees no GPU."
+
+
 @pytest.mark.parametrize("bound", [None, torch.device("cuda", 2)])
 def test_verdicts_go_by_the_gpu_of_the_group(
     monkeypatch: pytest.MonkeyPatch, bound: torch.device | None

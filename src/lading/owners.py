@@ -11,6 +11,7 @@ times as long.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -65,13 +66,17 @@ def _walk(path: str, module: nn.Module, found: list[tuple[str, nn.Module]]) -> N
 
 def name_parameters(model: nn.Module, prefix: str = "") -> None:
     """Tells each of the model's parameters its qualified name; a tied one keeps its first."""
-    name_all(Walk(model, prefix))
+    _name(model.named_parameters(prefix=prefix))
 
 
 def name_all(walk: Walk) -> None:
     """`name_parameters` of a model that has been walked over."""
+    _name(walk.params)
+
+
+def _name(params: Iterable[tuple[str, nn.Parameter]]) -> None:
     seen: set[int] = set()
-    for name, param in walk.params:
+    for name, param in params:
         if id(param) not in seen:
             seen.add(id(param))
             facts = vars(param)

@@ -128,6 +128,8 @@ def join_world(*, device_type: str) -> bool:
     if device_type == "cuda":
         import torch
 
+        if not torch.cuda.device_count():
+            raise CallError("is 'cuda', but this process sees no GPU", subject="device")
         # What NCCL is asked for first goes by the current GPU, which is 0 in every new process.
         local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         torch.cuda.set_device(local % torch.cuda.device_count())

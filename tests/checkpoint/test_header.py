@@ -167,6 +167,26 @@ BAD = [
         refused_by_library=False,
     ),
     Fails(
+        "fields three times, beside metadata that is null",
+        raw_file(
+            0,
+            b"a",
+            raw=b'{"__metadata__":null,"w":{"dtype":"U8","dtype":"U8","dtype":"U8","shape":[1],'
+            b'"data_offsets":[0,1]}}',
+        ),
+        "header: has the key 'dtype' twice.",
+    ),
+    Fails(
+        "keys five times, beside metadata that is null",
+        raw_file(
+            0,
+            b"a",
+            raw=b'{"__metadata__":null,"a":7,"a":7,"a":8,"a":8,'
+            b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        ),
+        "header: has the key 'a' twice.",
+    ),
+    Fails(
         "metadata not an object",
         raw_file({"__metadata__": [1]}),
         "header: __metadata__ is [1], needs a JSON object of strings.",

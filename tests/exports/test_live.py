@@ -104,7 +104,8 @@ def test_bytes_of_a_gpu_go_through_locked_memory(monkeypatch: pytest.MonkeyPatch
     asked: list[tuple[int, bool]] = []
     real = torch.empty
 
-    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+    def empty(size: int, *, dtype: torch.dtype, device: str, pin_memory: bool) -> torch.Tensor:
+        assert device == "cpu", "whatever the default is: other memory cannot be locked"
         asked.append((size, pin_memory))
         return real(size, dtype=dtype)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -193,14 +195,38 @@ def test_two_loads_at_once_leave_one_memory(driver: Driver) -> None:
     assert len(driver.locked) == 1
 
 
-def test_a_fork_takes_nothing_from_its_parent(
-    driver: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_kept_over_a_fork(driver: Driver) -> None:
     with Gpus(threads=2, depth=1, buffer_bytes=4096, pinned_bytes=1 << 20) as gpus:
         gpus.ready(DEVICE)
-    monkeypatch.setattr(cuda.os, "getpid", lambda: -1)
-    release_pinned()
-    assert len(driver.locked) == 1, "it is the parent's"
+    assert len(driver.locked) == 1
+    if not (child := os.fork()):
+        os._exit(len(driver.locked))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert driver.locked == {}
+
+
+def test_memory_of_a_gpu_that_was_not_written_to_is_unlocked(driver: Driver) -> None:
+    with Gpus(threads=2, depth=1, buffer_bytes=4096, pinned_bytes=1 << 20) as gpus:
+        gpus.begin(DEVICE)
+    settle()
+    assert driver.locked == {}
+
+
+def test_loads_that_end_together_lose_nothing(driver: Driver) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    kept = cuda._kept
+    try:
+        for _ in range(200):
+            made = [Gpu(DEVICE, threads=1, depth=1, buffer_bytes=4096) for _ in range(4)]
+            threads = [threading.Thread(target=kept.put, args=(DEVICE, gpu)) for gpu in made]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(driver.locked) == 1
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_words_of_the_driver(driver: Driver) -> None:

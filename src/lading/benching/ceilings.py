@@ -103,7 +103,7 @@ def host_to_device_rate(device: torch.device) -> float:
     import torch
 
     with torch.cuda.device(device):  # the memory is locked for it
-        pinned = torch.ones(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.ones(BUFFER_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
     pinned.to(device)
     torch.cuda.synchronize(device)
     moved, began = 0, time.perf_counter()

@@ -253,7 +253,9 @@ def _parse_plain(text: str) -> Any:
     num_strings = 5 * len(tree)
     if "__metadata__" in tree:
         metadata = tree["__metadata__"]
-        num_strings += 2 * len(metadata) - 4 if type(metadata) is dict else 0
+        if type(metadata) is not dict:
+            return None
+        num_strings += 2 * len(metadata) - 4
     return tree if text.count('"') == 2 * num_strings else None
 
 

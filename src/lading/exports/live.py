@@ -172,7 +172,7 @@ def _fetched(flat: torch.Tensor) -> torch.Tensor:
     if locked is None or locked.numel() < flat.numel():
         locked = _thread.locked = None  # before there are two
         with torch.cuda.device(flat.device):
-            locked = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+            locked = torch.empty(flat.numel(), dtype=torch.uint8, device="cpu", pin_memory=True)
         _thread.locked = locked
     room = locked[: flat.numel()]
     writing.write(room, Region.whole((flat.numel(),)), flat)

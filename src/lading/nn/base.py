@@ -151,7 +151,7 @@ class ParallelLayer(LoadableModule):
     def _layout(self, spec: TensorSpec) -> Layout:
         fused = self.quant is not None and self.quant.fused
         try:
-            return _layout_of(self.layer, spec, self.tp_size, fused)
+            return _shared_layout(self.layer, spec, self.tp_size, fused)
         except LadingError as error:
             name = self.prefix or type(self).__name__
             if self.quant is not None:
@@ -302,9 +302,16 @@ class ParallelLayer(LoadableModule):
         return f"in={self.layer.input.size}, out={outputs}, {self.ranks}, bias={self.layer.bias}"
 
 
+def _shared_layout(layer: Layer, spec: TensorSpec, tp_size: int, fused_source: bool) -> Layout:
+    """One value for equal layers: a model has the same ones in each block."""
+    try:
+        return _layout_of(layer, spec, tp_size, fused_source)
+    except TypeError:  # of a declaration that cannot be hashed, as it holds a list
+        return layer.layout(spec, tp_size, fused_source=fused_source)
+
+
 @lru_cache(maxsize=1024)
 def _layout_of(layer: Layer, spec: TensorSpec, tp_size: int, fused_source: bool) -> Layout:
-    """One value for equal layers: a model has the same ones in each block."""
     return layer.layout(spec, tp_size, fused_source=fused_source)
 
 
@@ -428,7 +435,7 @@ def allow_forward(model: nn.Module, walk: owners.Walk | None = None) -> None:
 
     walk   over the model, where somebody has made one
     """
-    for _, module in (walk or owners.Walk(model)).modules:
+    for _, module in model.named_modules() if walk is None else walk.modules:
         if module._forward_pre_hooks:
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, _Refusal):

@@ -149,6 +149,7 @@ class Gpus:
             threads -= 1
         self._threads, self._depth, self._buffer_bytes = threads, depth, buffer_bytes
         self._futures: dict[torch.device, Future[Gpu]] = {}
+        self._used: set[torch.device] = set()
 
     def begin(self, device: torch.device) -> None:
         """Begins to lock memory on another thread: a load has other things to do meanwhile."""
@@ -181,6 +182,7 @@ class Gpus:
     def ready(self, device: torch.device) -> Gpu:
         """Raises a DeviceError where the memory cannot be locked."""
         self.begin(device)
+        self._used.add(device)
         return self._futures[device].result()
 
     def __enter__(self) -> Gpus:
@@ -188,19 +190,18 @@ class Gpus:
 
     def __exit__(self, kind: object, *_: object) -> None:
         futures, self._futures = self._futures, {}
+        for device in self._used if kind is None else ():
+            future = futures.pop(device)
+            if future.exception() is None:
+                _kept.put(device, future.result())
 
         def unlock() -> None:
             for future in futures.values():
                 if future.exception() is None:
                     future.result().close()
 
-        if kind is None:
-            for device, future in futures.items():
-                if future.exception() is None:
-                    _kept.put(device, future.result())
-            return
-        # Nobody waits for it; an interpreter that ends does.
-        threading.Thread(target=unlock).start()
+        if futures:  # nobody waits for it; an interpreter that ends does
+            threading.Thread(target=unlock).start()
 
 
 class _Kept:
@@ -208,27 +209,30 @@ class _Kept:
 
     def __init__(self) -> None:
         self._gpus: dict[torch.device, Gpu] = {}
-        self._process = os.getpid()
+        self._lock = threading.Lock()
 
     def take(self, device: torch.device) -> Gpu | None:
-        if self._process != os.getpid():  # a fork has the memory, but none of it is locked
-            self._gpus, self._process = {}, os.getpid()
-        return self._gpus.pop(device, None)
+        """What is kept for a GPU: the caller's from now on."""
+        with self._lock:
+            return self._gpus.pop(device, None)
 
     def put(self, device: torch.device, gpu: Gpu) -> None:
-        before = self.take(device)  # of a load on another thread
-        self._gpus[device] = gpu
+        """Keeps it, and unlocks what a load on another thread has left in the meantime."""
+        with self._lock:
+            before = self._gpus.pop(device, None)
+            self._gpus[device] = gpu
         if before is not None:
             before.close()
 
     def close(self) -> None:
-        for device in list(self._gpus):
-            if (gpu := self.take(device)) is not None:
-                gpu.close()
+        """Unlocks all."""
+        with self._lock:
+            gpus, self._gpus = self._gpus, {}
+        for gpu in gpus.values():
+            gpu.close()
 
 
 _kept = _Kept()
-atexit.register(_kept.close)
 
 
 def release_pinned() -> None:
@@ -236,6 +240,12 @@ def release_pinned() -> None:
     their `Limits` said less.
     """
     _kept.close()
+
+
+atexit.register(release_pinned)
+# Writing to memory that a child shares gives the writer another page, on older kernels also where
+# it is locked: the GPU would go on reading the first one.
+os.register_at_fork(before=release_pinned)
 
 
 def cuda_problem(code: int, fact: str) -> DeviceError:

@@ -94,28 +94,29 @@ class HugePages:
 
     A virtual machine whose host has taken free memory back needs 6 ms for a huge page, ten times
     what the small pages in its place take that are still its own (benchmarks/README.md). So the
-    first pages are touched at once, one by one, and timed, and after them one of many; at the first
-    slow one no more are asked for.
+    first pages are touched at once, one by one, and timed, and after them one of many; at two
+    slow ones in a row no more are asked for (one alone may be a thread that had to wait).
     """
 
     def __init__(self) -> None:
         self._library = _library()
-        self._num_fast = 0
-        self._is_slow = False
+        self._num_tried = 0
+        self._num_slow = 0  # in a row
 
     def use(self, address: int, num_bytes: int) -> None:
         """For memory at this address, whose contents stay what they are."""
         size = HUGE_PAGE_BYTES
         at, stop = -(-address // size) * size, (address + num_bytes) // size * size
-        while self._library is not None and at < stop and not self._is_slow:
-            is_trial = self._num_fast < TRIAL_PAGES
+        while self._library is not None and at < stop and self._num_slow < 2:
+            is_trial = self._num_tried < TRIAL_PAGES or self._num_slow
             step = min(size if is_trial else size * PAGES_BETWEEN_PROBES, stop - at)
             self._advise(at, step, MADV_HUGEPAGE)
             began = time.perf_counter()
             self._advise(at, size, MADV_POPULATE_WRITE)
-            self._is_slow = time.perf_counter() - began > SLOW_PAGE_SECONDS
-            self._num_fast += 1
-            if self._is_slow:
+            is_slow = time.perf_counter() - began > SLOW_PAGE_SECONDS
+            self._num_slow = self._num_slow + 1 if is_slow else 0
+            self._num_tried += 1
+            if is_slow:
                 self._advise(at, step, MADV_NOHUGEPAGE)
             at += step
 
