@@ -403,10 +403,13 @@ class _Bench:
 
         is_cuda, checkpoint = self.place.type == "cuda", job.checkpoint
         to_device = partial(ceilings.host_to_device_rate, self.place)
+        memcpy = partial(ceilings.memcpy_rate, num_threads)
+        size = ceilings.LOCKED_BYTES if is_cuda else ceilings.BUFFER_BYTES
+        cached = partial(ceilings.page_cache_rate, checkpoint, num_threads, size)
         disk = together(partial(ceilings.disk_rate, checkpoint)) if self.options.cold else None
         return Ceilings(
-            memcpy=together(partial(ceilings.memcpy_rate, num_threads)) or 0.0,
-            page_cache=together(partial(ceilings.page_cache_rate, checkpoint, num_threads)),
+            memcpy=None if is_cuda else together(memcpy),
+            page_cache=together(cached),
             disk=disk,
             host_to_device=together(to_device) if is_cuda else None,
         )

@@ -1,7 +1,8 @@
 """What this machine can do at most, measured: the rates that a load is held against.
 
-    memcpy           memory to memory, as much as fits no cache
-    page_cache       preadv of the checkpoint's own files, once they are resident
+    memcpy           memory to memory, as much as fits no cache; of loads into host memory
+    page_cache       preadv of the checkpoint's own files, once they are resident: into memory that fits
+                     no cache, or for a GPU into as little as its page-locked buffers are
     disk             O_DIRECT reads of the same files, 4 MiB each, 16 at a time
     host_to_device   copies of page-locked memory to this rank's GPU
 
@@ -31,6 +32,7 @@ __all__ = ["Ceilings", "disk_rate", "host_to_device_rate", "memcpy_rate", "page_
 MIN_SECONDS = 0.3
 MAX_BYTES = 2 * 10**9
 BUFFER_BYTES = 64 * 2**20
+LOCKED_BYTES = 4 * 2**20
 DIRECT_BYTES, DIRECT_THREADS, BLOCK_BYTES = 4 * 2**20, 16, 4096
 
 
@@ -38,7 +40,7 @@ DIRECT_BYTES, DIRECT_THREADS, BLOCK_BYTES = 4 * 2**20, 16, 4096
 class Ceilings:
     """Bytes a second of one rank, while the others are measured too; None = not measured."""
 
-    memcpy: float
+    memcpy: float | None = None
     page_cache: float | None = None
     disk: float | None = None
     host_to_device: float | None = None
@@ -59,17 +61,21 @@ def memcpy_rate(num_threads: int) -> float:
     return _rate(num_threads, copy)
 
 
-def page_cache_rate(checkpoint: Checkpoint, num_threads: int) -> float | None:
-    """Bytes that so many threads read from the files' pages; None without plain files."""
-    buffers = [memoryview(np.ones(BUFFER_BYTES, np.uint8)) for _ in range(num_threads)]  # type: ignore[arg-type]
+def page_cache_rate(
+    checkpoint: Checkpoint, num_threads: int, buffer_bytes: int = BUFFER_BYTES
+) -> float | None:
+    """Bytes that so many threads read from the files' pages, each into a buffer of its own; None
+    without plain files.
+    """
+    buffers = [memoryview(np.ones(buffer_bytes, np.uint8)) for _ in range(num_threads)]  # type: ignore[arg-type]
     with checkpoint.reader() as reader:
         if reader.files is None:
             return None
-        pieces = _Pieces(reader.files, sorted(checkpoint.file_bytes), 8 * 2**20)
+        pieces = _Pieces(reader.files, sorted(checkpoint.file_bytes), max(buffer_bytes // 8, 2**21))
 
         def read(worker: int) -> int:
             files, (file, offset, size) = pieces.files, pieces.take()
-            at = offset % (BUFFER_BYTES - pieces.piece_bytes)  # other memory than the last time
+            at = offset % (buffer_bytes - pieces.piece_bytes)  # other memory than the last time
             files.read_into(file, offset, buffers[worker][at : at + size])
             return size
 
