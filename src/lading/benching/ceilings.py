@@ -1,8 +1,8 @@
 """What this machine can do at most, measured: the rates that a load is held against.
 
     memcpy           memory to memory, as much as fits no cache; of loads into host memory
-    page_cache       preadv of the checkpoint's own files, once they are resident: into memory that fits
-                     no cache, or for a GPU into as little as its page-locked buffers are
+    page_cache       preadv of the checkpoint's own files, once they are resident: into memory that
+                     fits no cache, or for a GPU into as little as its page-locked buffers are
     disk             O_DIRECT reads of the same files, 4 MiB each, 16 at a time
     host_to_device   copies of page-locked memory to this rank's GPU
 
