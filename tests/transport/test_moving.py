@@ -18,17 +18,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lading.checkpoint import Checkpoint, open_checkpoint
-from lading.errors import CallError, DtypeError, FileError
+from lading.errors import CallError, FileError
 from lading.layers import Layer
 from lading.layouts import Layout
 from lading.plan import Plan, Target, make_plan
 from lading.ranks import Ranks, all_ranks
 from lading.specs import Along, Dim, TensorSpec, dense_specs
-from lading.transport import HostTransport, Limits, Moved, Transport, moving, sorting
+from lading.transport import HostTransport, Limits, Moved, Transport, landing, moving, sorting
 from lading.transport.engine import BLOCK_BYTES, Engine, native_engine
 from lading.transport.residency import resident_bytes
 
-from ..oracles import index_of, numbered
 from .made import O_DIRECT, FakeGpu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="engines are for Linux")
@@ -169,7 +168,7 @@ class _OneGpu(FakeGpu):
         assert all(not left for left in self.pending.values()), "all has been waited for"
 
 
-class _Gpus:
+class Gpus:
     def __init__(self) -> None:
         self.gpu = _OneGpu(2, 2, CHUNK)
 
@@ -191,9 +190,10 @@ def small_units(native: bool, *, on_gpu: bool = False) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         options = {"native": native}
-        patch.setattr(
-            moving, "Engine", lambda **o: Engine(**{"chunk_bytes": CHUNK, **o, **options})
-        )
+        for module in (moving, landing):
+            patch.setattr(
+                module, "Engine", lambda **o: Engine(**{"chunk_bytes": CHUNK, **o, **options})
+            )
         patch.setattr(moving, "COLD_CHUNK_BYTES", CHUNK)
         patch.setattr(sorting, "BATCH_COPIES", 3)
         if on_gpu:
@@ -209,9 +209,9 @@ PATHS: dict[str, tuple[bool, dict[str, Any]]] = {
     "native, direct": (True, {"direct": True}),
     "python, direct": (False, {"direct": True}),
     "native, shared": (True, {"direct": True, "num_local": 2}),
-    "native, GPU": (True, {"gpus": _Gpus}),
-    "python, GPU": (False, {"gpus": _Gpus}),
-    "native, GPU, direct": (True, {"gpus": _Gpus, "direct": True}),
+    "native, GPU": (True, {"gpus": Gpus}),
+    "python, GPU": (False, {"gpus": Gpus}),
+    "native, GPU, direct": (True, {"gpus": Gpus, "direct": True}),
 }
 
 
@@ -226,7 +226,7 @@ def moved(
             return by_value.run(plan, share, memory, told.append), told
         native, options = PATHS[path]
         on_gpu = "gpus" in options
-        options = {**options, "gpus": _Gpus()} if on_gpu else options
+        options = {**options, "gpus": Gpus()} if on_gpu else options
         limits = Limits(staging_bytes=300, device_bytes=3000, num_threads=2)
         transport = Transport(reader=reader, limits=limits, **options)
         transport.compare(plan, share)
@@ -356,7 +356,7 @@ def test_files_that_fail_after_the_plan(
     checkpoint, plan = one(tmp_path, Layer.column(70, [300]), full, 3)
     memory = torch.full((100, 70), -1, dtype=torch.float64)
     on_gpu = "gpus" in options
-    options = {**options, "gpus": _Gpus()} if on_gpu else options
+    options = {**options, "gpus": Gpus()} if on_gpu else options
     share = plan.share(Ranks(tp_rank=2, tp_size=3))
     with checkpoint.reader() as reader:
         transport = Transport(reader=reader, **options)
@@ -400,41 +400,6 @@ def test_a_progress_bar_that_fails(tmp_path: Path) -> None:
 
     with checkpoint.reader() as reader, pytest.raises(ZeroDivisionError):
         Transport(reader=reader).run(plan, plan.share(Ranks()), {"w.weight": memory}, advance)
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_an_overflow_on_the_gpu_is_refused(native: bool, tmp_path: Path) -> None:
-    full = torch.arange(3000, dtype=torch.float32).reshape(300, 10)
-    full[250, 3] = 1e30
-    save_file({"w.weight": full}, tmp_path / "model.safetensors")
-    checkpoint = open_checkpoint(tmp_path)
-    layout = Layer.column(10, [300]).layout(dense_specs(bias=False)[0], 1)
-    target = Target(name="w.weight", layout=layout, dtype="F16")
-    plan = make_plan([target], checkpoint.tensors, ranks=[Ranks()])
-    memory = torch.zeros(300, 10, dtype=torch.float16).as_subclass(OnGpu)
-    gpus: Any = _Gpus()
-    with checkpoint.reader() as reader, small_units(native and NATIVE, on_gpu=True):
-        transport = Transport(reader=reader, gpus=gpus, limits=Limits(device_bytes=3000))
-        with pytest.raises(DtypeError, match="1 values are too large for fp16"):
-            transport.run(plan, plan.share(Ranks()), {"w.weight": memory}, lambda _: None)
-    assert all(not left for left in gpus.gpu.pending.values())
-
-
-@pytest.mark.parametrize("room", [512, 1024, 5000, 1 << 20])
-def test_batches_fit_and_have_each_element_once(room: int, tmp_path: Path) -> None:
-    full = torch.arange(40 * 48, dtype=torch.float64).reshape(40, 48)
-    _, plan = one(tmp_path, Layer.row(48, 40), full, 3)
-    share = plan.share(Ranks(tp_rank=1, tp_size=3))
-    seen = numbered((40, 16)) * 0
-    for batch in moving._batches(plan, share.copies, room):
-        stop = 0
-        for landed in batch:
-            assert landed.at % moving.ALIGN_BYTES == 0
-            assert landed.at >= stop
-            stop = landed.at + landed.inner.num_elements * 8
-            assert stop <= room
-            seen[index_of(landed.inner)] += 1
-    assert bool((seen == 1).all())
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

@@ -14,7 +14,7 @@ more threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,28 +22,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lading import dtypes, writing
 from lading import ranks as ranks_module
-from lading.binding import Binding
-from lading.checkpoint import Reader, Source
-from lading.checkpoint.files import ended, read_problem
-from lading.errors import CallError, DeviceError, FileError, LadingError
+from lading import writing
+from lading.checkpoint import Reader
+from lading.errors import CallError
 from lading.plan import Plan, Share
-from lading.regions import Copy, Region, reordered
-from lading.transport import engine as engines
-from lading.transport.cuda import Gpu, Gpus, cuda_problem
+from lading.regions import Copy
+from lading.transport.cuda import Gpu, Gpus
 from lading.transport.engine import Engine, Fault, Stats, native_engine
 from lading.transport.exchange import Bands, Exchange, plan_exchange
-from lading.transport.host import (
-    DEFAULT_STAGING_BYTES,
-    Advance,
-    HostTransport,
-    Moved,
-    blocks,
-    located,
-    position,
-)
-from lading.transport.jobs import JobList, Jobs, Piece, common_runs
+from lading.transport.faults import problem_of
+from lading.transport.host import DEFAULT_STAGING_BYTES, Advance, HostTransport, Moved
+from lading.transport.jobs import Jobs
+from lading.transport.landing import Landing
 from lading.transport.residency import huge_pages
 from lading.transport.rounds import AUTOMATIC, Sharing, is_worth
 from lading.transport.sorting import Opened, Sorting, Straight
@@ -59,8 +50,6 @@ COLD_THREADS = 24
 
 VALUES_BYTES = 256 * 2**20
 """GPU memory through which copies pass that change dtype or order."""
-
-ALIGN_BYTES = 512
 
 MIN_CHUNK_BYTES = 64 * 2**10
 """A direct read is not worth its call below this, whatever the limits say."""
@@ -263,7 +252,7 @@ class Transport:
         fault, _ = self._move(jobs, opened, device, lambda _: None, meanwhile)
         if fault is not None:
             source, binding = bands.owners[int(owners[min(fault.job, len(owners) - 1)])]
-            raise _problem(fault, plan.sources[source], binding, opened)
+            raise problem_of(fault, plan.sources[source], binding, opened)
 
     def fill(self, share: Share, tensors: Mapping[str, torch.Tensor]) -> None:
         """Zeroes what the share declares padding."""
@@ -295,7 +284,7 @@ class Transport:
         self.moved.kept_bytes += num_bytes
         if fault is not None:
             owner = work.copies[int(owners[min(fault.job, len(owners) - 1)])]
-            raise _problem(fault, plan.sources[owner.source], owner, opened)
+            raise problem_of(fault, plan.sources[owner.source], owner, opened)
         self.moved.num_copies += len(work.copies)
 
     def _move(
@@ -347,124 +336,22 @@ class Transport:
         device: torch.device,
         advance: Advance,
     ) -> None:
-        if device.type == "cuda" and self.reader.files is not None:
-            self._run_on_device(plan, copies, tensors, device, advance)
+        files = self.reader.files
+        if device.type != "cuda" or files is None:
+            rest = Share(ranks=share.ranks, copies=tuple(copies), fills=())
+            self._host().run(plan, rest, tensors, advance)
             return
-        rest = Share(ranks=share.ranks, copies=tuple(copies), fills=())
-        self._host().run(plan, rest, tensors, advance)
-
-    def _run_on_device(
-        self,
-        plan: Plan,
-        copies: Sequence[Copy],
-        tensors: Mapping[str, torch.Tensor],
-        device: torch.device,
-        advance: Advance,
-    ) -> None:
-        """Bytes as stored go to the GPU, a bounded amount at a time; there they are cast.
-
-        While one half of the room fills, what is in the other is written.
-        """
-        assert self.reader.files is not None, "only plain files are read by the engine"
-        opened = Opened(self.reader.files, self.direct)
-        gpu = self._gpu(device)
-        engine = Engine(chunk_bytes=gpu.buffer_bytes)
-        half = max(min(self.limits.device_bytes, VALUES_BYTES) // 2, ALIGN_BYTES)
-        halves = [torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)]
-        before: list[_Landed] = []
-        for number, batch in enumerate(_batches(plan, copies, half)):
-            gpu.follow()  # the half that is filled now was read from a moment ago
-            room, write = halves[number % 2], partial(_write_all, before, tensors, plan)
-            self._fill(plan, batch, room, opened, engine, gpu, write)
-            self._note(before, plan, advance)
-            before = [_Landed(one.copy, one.inner, room, one.at) for one in batch]
-        _write_all(before, tensors, plan)
-        self._note(before, plan, advance)
-        torch.cuda.current_stream(device).synchronize()
-        self.stats.add(engine.stats)
-        self.moved.num_copies += len(copies)
-
-    def _note(self, landed: Sequence[_Landed], plan: Plan, advance: Advance) -> None:
-        for one in landed:
-            size = dtypes.storage_bytes(plan.sources[one.copy.source].dtype)
-            self.moved.kept_bytes += one.inner.num_elements * size
-            advance(one.inner.num_elements * size)
-
-    def _fill(
-        self,
-        plan: Plan,
-        batch: Sequence[_Landed],
-        room: torch.Tensor,
-        opened: Opened,
-        engine: Engine,
-        gpu: Gpu,
-        write: Callable[[], None],
-    ) -> None:
-        address = writing.address(room)
-        assert address is not None, "new memory is dense"
-        pending = JobList()
-        for one in batch:
-            source = plan.sources[one.copy.source]
-            with located(source, one.copy.target, one.copy.part):
-                file = opened.number(source.file)
-            region = one.copy.source_region.compose(one.inner)
-            grid = common_runs(region, Region.whole(region.size))
-            piece = Piece(grid, dtypes.storage_bytes(source.dtype))
-            pending.add(piece, file, source.offset_bytes, address + one.at, False)
-        jobs, owners = pending.jobs()
-        read = engine.stats.read_bytes
-        fault = engine.run(jobs, opened.descriptors, device=gpu, meanwhile=write)
-        opened.files.count(engine.stats.read_bytes - read)
-        self.moved.read_bytes += engine.stats.read_bytes - read
-        if fault is not None:
-            owner = batch[int(owners[min(fault.job, len(owners) - 1)])].copy
-            raise _problem(fault, plan.sources[owner.source], owner, opened)
-
-
-@dataclass(slots=True)
-class _Landed:
-    """A box of a copy, `inner` in its own coordinates; its bytes are in `room` from `at` on."""
-
-    copy: Copy
-    inner: Region
-    room: torch.Tensor | None
-    at: int
-
-
-def _batches(plan: Plan, copies: Sequence[Copy], room_bytes: int) -> Iterator[list[_Landed]]:
-    """Boxes of copies, in file order, as many as fit the room at a time."""
-    batch: list[_Landed] = []
-    at = 0
-    for copy in sorted(copies, key=lambda copy: position(plan.sources[copy.source], copy)):
-        size = dtypes.storage_bytes(plan.sources[copy.source].dtype)
-        whole = Region.whole(copy.source_region.size)
-        fits = copy.source_region.num_elements * size <= room_bytes
-        boxes = [whole] if fits else list(blocks(whole, room_bytes // size))
-        for inner in boxes:
-            num_bytes = inner.num_elements * size
-            if at + num_bytes > room_bytes and batch:
-                yield batch
-                batch, at = [], 0
-            batch.append(_Landed(copy, inner, None, at))
-            at = -(-(at + num_bytes) // ALIGN_BYTES) * ALIGN_BYTES
-    if batch:
-        yield batch
-
-
-def _write_all(landed: Sequence[_Landed], tensors: Mapping[str, torch.Tensor], plan: Plan) -> None:
-    for one in landed:
-        assert one.room is not None, "what is written has landed"
-        source, target = plan.sources[one.copy.source], tensors[one.copy.target]
-        num_bytes = one.inner.num_elements * dtypes.storage_bytes(source.dtype)
-        values = one.room[one.at : one.at + num_bytes].view(dtypes.to_torch(source.dtype))
-        values = writing.permuted(values.view(one.inner.size), one.copy)
-        into = reordered(one.inner, one.copy.axes) if one.copy.axes else one.inner
-        with (
-            located(source, one.copy.target, one.copy.part),
-            torch.inference_mode(target.is_inference()),
-        ):
-            writing.check_values(values, target.dtype)
-            writing.write(target, one.copy.target_region.compose(into), values)
+        landing = Landing(
+            plan=plan,
+            tensors=tensors,
+            opened=Opened(files, self.direct),
+            gpu=self._gpu(device),
+            room_bytes=min(self.limits.device_bytes, VALUES_BYTES),
+            stats=self.stats,
+            moved=self.moved,
+            advance=advance,
+        )
+        landing.run(copies, device)
 
 
 def num_threads(limits: Limits, num_local: int, device_type: str) -> int:
@@ -501,23 +388,6 @@ def _advise(targets: Iterable[torch.Tensor]) -> None:
         address = writing.address(target)
         if address is not None:
             pages.use(address, target.nbytes)
-
-
-def _problem(fault: Fault, source: Source, copy: Copy | Binding, opened: Opened) -> LadingError:
-    """The fault of a run as an error about the copy that met it."""
-    if fault.kind == engines.FAILED_CUDA:
-        error: LadingError = cuda_problem(fault.code, "cannot take the parameters")
-        return error.located(subject=copy.target, part=copy.part, file=source.file)
-    if fault.kind == engines.NO_MEMORY:
-        return DeviceError(f"cannot start: {os.strerror(fault.code)}", subject="the engine")
-    try:
-        with located(source, copy.target, copy.part):
-            if fault.kind == engines.FILE_ENDED:
-                size = opened.files.file_bytes(source.file)
-                raise ended(source.file, fault.wanted, fault.offset, fault.got, size)
-            raise read_problem(source.file, fault.code, fault.offset)
-    except FileError as found:
-        return found
 
 
 def _num_cores() -> int:
