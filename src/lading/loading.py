@@ -26,7 +26,7 @@ from torch import nn
 from lading import owners
 from lading import ranks as ranks_module
 from lading.checkpoint import Checkpoint
-from lading.collecting import uncollected
+from lading.collecting import Pause, uncollected
 from lading.names import Names
 from lading.nn.base import allow_forward, refuse_forward
 from lading.placing import Notes, install, memory_for, place_of
@@ -39,6 +39,8 @@ from lading.verdicts import agreed, all_well, check_equal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from lading.transport.cuda import Gpus
 
 __all__ = ["LoadReport", "Origin", "Progress", "load", "origin_of"]
 
@@ -207,93 +209,155 @@ def run_load(
     """Prepares, agrees, executes, agrees, and only then hands the memory to the model."""
     group = ranks_module.group_of(ranks, group)
     began = time.perf_counter()
-    lasted: dict[str, float] = {}
-
-    def begin() -> tuple[torch.device, Prepared, Transport, Plan]:
-        # Also what only this rank can get wrong, a GPU that is gone, say, is everyone's verdict.
-        place = place_of(device, ranks)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-            gpus.begin(place)
-        started = time.perf_counter()
-        prepared = prepare()
-        lasted["plan"] = time.perf_counter() - started
-        todo, reader = reading(prepared.checkpoint, prepared.plan, ranks)
-        transport = Transport(
-            reader=stack.enter_context(reader),
-            limits=use,
-            num_local=num_local,
-            gpus=gpus,
-            # Of a pre-sharded folder each rank has its own file, and another plan.
-            group=group if todo is prepared.plan else None,
-            exchange=exchange,
-        )
-        transport.compare(todo, todo.share(ranks))
-        return place, prepared, transport, todo
-
     # Under inference_mode the memory could not be written by the transport's threads.
     with torch.inference_mode(False), uncollected() as pause, ExitStack() as stack:
         use, num_local = limits or Limits(), ranks_module.num_local(group)
-        gpus = stack.enter_context(gpus_for(use, num_local))
-        begun, found = all_well(begin, partial(_facts, group), group)
+        load = _Load(
+            ranks=ranks,
+            group=group,
+            progress=progress,
+            pause=pause,
+            gpus=stack.enter_context(gpus_for(use, num_local)),
+        )
+        options = {"limits": use, "num_local": num_local, "exchange": exchange}
+        begin = partial(load.begin, prepare, device, stack, options)
+        _, found = all_well(begin, lambda _: load.facts(), group)
         check_equal([digest for digest, _ in found])
-        place, prepared, transport, todo = begun
-        model, plan = prepared.model, prepared.plan
-        tensors = tensors_of(model, plan, prepared.walk)
-        memory: dict[str, torch.Tensor] = {}
-        aside: list[_Aside] = []
-
-        def meanwhile() -> None:
-            aside.append(_Aside.of(plan, tensors))
-            pause.catch_up()
-
-        transport.meanwhile = meanwhile
-
-        def allocate() -> object:
-            for name, tensor in tensors.items():
-                memory[name] = memory_for(tensor, place) if tensor.is_meta else tensor.detach()
-            return transport.offer(todo, todo.share(ranks), memory)
-
-        def execute() -> Moved:
-            if not memory:
-                allocate()
-            started = time.perf_counter()
-            moved = _execute(todo, todo.share(ranks), transport, memory, progress)
-            if todo is not plan:
-                # A rank's own file has its padding too, and could have anything there.
-                transport.fill(plan.share(ranks), memory)
-            lasted["move"] = time.perf_counter() - started
-            return moved
-
         if any(wants for _, wants in found):  # where nobody does, one exchange of verdicts less
-            transport.settle(all_well(allocate, lambda offer: offer, group)[1])
+            load.transport.settle(all_well(load.allocate, lambda offer: offer, group)[1])
         else:
-            transport.settle(())
+            load.transport.settle(())
         try:
-            moved = agreed(execute, _no_facts, group)
+            moved = agreed(load.execute, _no_facts, group)
         except BaseException as error:
-            _origins.pop(model, None)
-            # Another rank may have failed before this one has begun to write; that is not known.
-            if any(not tensor.is_meta for tensor in tensors.values()):
-                refuse_forward(model, str(error) or type(error).__name__)
+            load.give_up(error)
             raise
-        known = aside[0] if aside else _Aside.of(plan, tensors)
-        install(model, plan, memory, tensors, prepared.walk, known.notes)
-    allow_forward(model, prepared.walk)
-    _origins[model] = Origin(plan=plan, checkpoint=prepared.checkpoint)
-    return model, LoadReport(
-        ranks=ranks,
-        read_bytes=moved.read_bytes,
-        excess_bytes=moved.excess_bytes,
-        exchanged_bytes=moved.received_bytes,
-        seconds=max(time.perf_counter() - began, 1e-9),
-        num_copies=moved.num_copies,
-        plan_seconds=lasted["plan"],
-        move_seconds=lasted["move"],
-        stats=transport.stats,
-        pinned_bytes=transport.pinned_bytes,
-        **known.totals,
-    )
+        load.hand_over()
+    return load.prepared.model, load.report(moved, time.perf_counter() - began)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Load:
+    """The steps of one load on this rank, and what is known after each.
+
+    pause     of the collector
+    todo      the plan that is executed: of a pre-sharded folder another than `prepared.plan`, which
+              is the checkpoint's that the folder holds
+    tensors   what the plan fills, by target name; `memory` is where their bytes go
+    """
+
+    ranks: Ranks
+    group: ProcessGroup | None
+    progress: Progress | None
+    pause: Pause
+    gpus: Gpus
+    place: torch.device = field(init=False)
+    prepared: Prepared = field(init=False)
+    todo: Plan = field(init=False)
+    transport: Transport = field(init=False)
+    tensors: dict[str, torch.Tensor] = field(init=False)
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    plan_seconds: float = 0.0
+    move_seconds: float = 0.0
+    _aside: _Aside | None = None
+
+    def begin(
+        self,
+        prepare: Callable[[], Prepared],
+        device: torch.device | str | None,
+        stack: ExitStack,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Until all is known that can be found wrong before anything is written.
+
+        Also what only this rank can get wrong, a GPU that is gone, say, is everyone's verdict.
+        """
+        self.place = place_of(device, self.ranks)
+        if self.place.type == "cuda":
+            torch.cuda.set_device(self.place)
+            self.gpus.begin(self.place)
+        started = time.perf_counter()
+        self.prepared = prepare()
+        self.plan_seconds = time.perf_counter() - started
+        plan = self.prepared.plan
+        self.todo, reader = reading(self.prepared.checkpoint, plan, self.ranks)
+        self.transport = Transport(
+            reader=stack.enter_context(reader),
+            gpus=self.gpus,
+            # Of a pre-sharded folder each rank has its own file, and another plan.
+            group=self.group if self.todo is plan else None,
+            meanwhile=self._meanwhile,
+            **options,
+        )
+        self.transport.compare(self.todo, self.todo.share(self.ranks))
+        self.tensors = tensors_of(self.prepared.model, plan, self.prepared.walk)
+
+    def facts(self) -> tuple[str, bool]:
+        """What has to be equal on all ranks before any of them writes; whether this one would
+        exchange bytes with the others.
+        """
+        if self.group is None:
+            return "", False
+        return self.prepared.plan.digest, self.transport.wants(self.todo)
+
+    def allocate(self) -> object:
+        """Takes the memory; what this rank offers to exchange."""
+        for name, tensor in self.tensors.items():
+            is_new = tensor.is_meta
+            self.memory[name] = memory_for(tensor, self.place) if is_new else tensor.detach()
+        return self.transport.offer(self.todo, self.todo.share(self.ranks), self.memory)
+
+    def execute(self) -> Moved:
+        """Fills the memory."""
+        if not self.memory:
+            self.allocate()
+        started = time.perf_counter()
+        share = self.todo.share(self.ranks)
+        moved = _execute(self.todo, share, self.transport, self.memory, self.progress)
+        if self.todo is not self.prepared.plan:
+            # A rank's own file has its padding too, and could have anything there.
+            self.transport.fill(self.prepared.plan.share(self.ranks), self.memory)
+        self.move_seconds = time.perf_counter() - started
+        return moved
+
+    def give_up(self, error: BaseException) -> None:
+        """Marks a model whose memory may have been written in part."""
+        model = self.prepared.model
+        _origins.pop(model, None)
+        # Another rank may have failed before this one has begun to write; that is not known.
+        if any(not tensor.is_meta for tensor in self.tensors.values()):
+            refuse_forward(model, str(error) or type(error).__name__)
+
+    def hand_over(self) -> None:
+        """Gives the model its memory: every rank has all of it."""
+        model, plan, walk = self.prepared.model, self.prepared.plan, self.prepared.walk
+        install(model, plan, self.memory, self.tensors, walk, self._known().notes)
+        allow_forward(model, walk)
+        _origins[model] = Origin(plan=plan, checkpoint=self.prepared.checkpoint)
+
+    def report(self, moved: Moved, seconds: float) -> LoadReport:
+        return LoadReport(
+            ranks=self.ranks,
+            read_bytes=moved.read_bytes,
+            excess_bytes=moved.excess_bytes,
+            exchanged_bytes=moved.received_bytes,
+            seconds=max(seconds, 1e-9),
+            num_copies=moved.num_copies,
+            plan_seconds=self.plan_seconds,
+            move_seconds=self.move_seconds,
+            stats=self.transport.stats,
+            pinned_bytes=self.transport.pinned_bytes,
+            **self._known().totals,
+        )
+
+    def _meanwhile(self) -> None:
+        self._known()
+        self.pause.catch_up()
+
+    def _known(self) -> _Aside:
+        if self._aside is None:
+            self._aside = _Aside.of(self.prepared.plan, self.tensors)
+        return self._aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,16 +379,6 @@ class _Aside:
             "skipped": tuple((s.source, s.reason) for s in plan.skipped),
         }
         return _Aside(totals, Notes.of(tensors.values()))
-
-
-def _facts(
-    group: ProcessGroup | None, begun: tuple[torch.device, Prepared, Transport, Plan]
-) -> tuple[str, bool]:
-    """What has to be equal on all ranks before any of them writes; whether this one would exchange
-    bytes with the others.
-    """
-    _, prepared, transport, todo = begun
-    return ("", False) if group is None else (prepared.plan.digest, transport.wants(todo))
 
 
 def _no_facts(_done: object) -> None:

@@ -31,7 +31,7 @@ WORDS = os.strerror(errno.EIO)
         ),
         (
             {"kind": engine.FILE_ENDED, "offset": 96, "wanted": 40, "got": 7},
-            "'w.weight' cannot be read: the file needs 40 bytes at offset 96, the file ended after 7",
+            "cannot be read: the file needs 40 bytes at offset 96, the file ended after 7",
         ),
         (
             {"kind": engine.FAILED_CUDA, "code": 700},
