@@ -722,3 +722,85 @@ def test_the_collector_is_left_as_it_was(folder: Path, is_enabled: bool) -> None
         (gc.enable if was else gc.disable)()
     assert bool(seen) == is_enabled, "what the pause put off is done while bytes are being moved"
     assert same(contents(model), expected())
+
+
+def test_two_parameters_in_one_memory(folder: Path) -> None:
+    """What is written last would be in both."""
+    model = block()
+    before = contents(model)
+    model.qkv_proj.bias.data = model.qkv_proj.weight.data.view(-1)[: len(model.qkv_proj.bias)]
+    with pytest.raises(lading.PlanError) as caught:
+        lading.load(model, folder)
+    text = str(caught.value)
+    assert "qkv_proj.weight: lies in the memory of qkv_proj.bias" in text or (
+        "qkv_proj.bias: lies in the memory of qkv_proj.weight, needs its own" in text
+    ), text
+    assert "register one nn.Parameter under both names" in text
+    model.qkv_proj.bias.data = before["qkv_proj.bias"].clone()
+    assert same_bits(model.qkv_proj.weight, before["qkv_proj.weight"])
+
+
+def test_neighbours_in_one_memory_are_no_trouble(folder: Path) -> None:
+    """Parameters that are slices of one flat buffer, one after another."""
+    model = block()
+    params = list(model.parameters())
+    flat = torch.full((sum(p.numel() for p in params),), -1.0, dtype=torch.float64)
+    at = 0
+    for param in params:
+        param.data = flat[at : at + param.numel()].view(param.shape)
+        at += param.numel()
+    lading.load(model, folder)
+    assert same(contents(model), expected())
+
+
+def test_an_expanded_parameter_is_refused_before_anything_is_written(folder: Path) -> None:
+    model = block()
+    before = contents(model)
+    bias = model.qkv_proj.bias
+    bias.data = torch.zeros(1, dtype=torch.float64).expand(len(bias))
+    with pytest.raises(lading.PlanError) as caught:
+        lading.load(model, folder)
+    assert str(caught.value) == (
+        "qkv_proj.bias: has elements that share memory (it was expanded), needs one place for each."
+    )
+    assert same_bits(model.o_proj.weight, before["o_proj.weight"])
+
+
+def test_a_backward_pass_that_needs_the_old_values_says_so(folder: Path) -> None:
+    model = block()
+    weight = model.o_proj.weight.requires_grad_()
+    x = torch.ones(weight.shape[1], dtype=torch.float64, requires_grad=True)
+    loss = (weight @ x).sum()
+    before = weight._version
+    lading.load(model, folder)
+    assert weight._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_checkpoint_that_was_rewritten_after_it_was_opened(folder: Path) -> None:
+    """Of the same size: k and v have changed places, and each would be loaded as the other."""
+    checkpoint = lading.open_checkpoint(folder)
+    for path in folder.glob("*.safetensors"):
+        raw = path.read_bytes()
+        swapped = raw.replace(b'"k_proj.', b'"x_proj.').replace(b'"v_proj.', b'"k_proj.')
+        path.write_bytes(swapped.replace(b'"x_proj.', b'"v_proj.'))
+        os.utime(path, ns=(1, 1))
+    model = block()
+    before = contents(model)
+    with pytest.raises(FileError, match="has another header than when the plan was made"):
+        lading.load(model, checkpoint)
+    assert same(contents(model), before)
+    model(torch.ones(1, 6))  # nothing was written: nothing to refuse
+    lading.load(model, folder)
+
+
+def test_options_of_another_type(folder: Path) -> None:
+    limits: Any = {"num_threads": 2}
+    exchange: Any = "yes"
+    assert refused(meta(), folder, limits=limits) == (
+        "limits: is {'num_threads': 2}, needs a lading.Limits."
+    )
+    assert refused(meta(), folder, exchange=exchange) == (
+        "exchange: is 'yes', needs True, False or None."
+    )

@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,9 +26,10 @@ from lading import owners
 from lading import ranks as ranks_module
 from lading.checkpoint import Checkpoint
 from lading.collecting import Pause, uncollected
+from lading.errors import CallError
 from lading.names import Names
 from lading.nn.base import allow_forward, refuse_forward
-from lading.placing import Notes, install, memory_for, place_of
+from lading.placing import Notes, check_memory, install, memory_for, note_written, place_of
 from lading.plan import Plan, Share, make_plan
 from lading.ranks import Ranks
 from lading.shards.folder import open_any, reading
@@ -211,7 +211,8 @@ def run_load(
     began = time.perf_counter()
     # Under inference_mode the memory could not be written by the transport's threads.
     with torch.inference_mode(False), uncollected() as pause, ExitStack() as stack:
-        use, num_local = limits or Limits(), ranks_module.num_local(group)
+        use = limits if isinstance(limits, Limits) else Limits()
+        num_local = ranks_module.num_local(group)
         load = _Load(
             ranks=ranks,
             group=group,
@@ -220,7 +221,11 @@ def run_load(
             gpus=stack.enter_context(gpus_for(use, num_local)),
         )
         options = {"limits": use, "num_local": num_local, "exchange": exchange}
-        begin = partial(load.begin, prepare, device, stack, options)
+
+        def begin() -> None:
+            check_options(limits, exchange)
+            load.begin(prepare, device, stack, options)
+
         _, found = all_well(begin, lambda _: load.facts(), group)
         check_equal([digest for digest, _ in found])
         if any(wants for _, wants in found):  # where nobody does, one exchange of verdicts less
@@ -234,6 +239,14 @@ def run_load(
             raise
         load.hand_over()
     return load.prepared.model, load.report(moved, time.perf_counter() - began)
+
+
+def check_options(limits: object, exchange: object) -> None:
+    """Raises a CallError for what `load` cannot mean."""
+    if limits is not None and not isinstance(limits, Limits):
+        raise CallError(f"is {limits!r}, needs a lading.Limits", subject="limits")
+    if exchange is not None and not isinstance(exchange, bool):
+        raise CallError(f"is {exchange!r}, needs True, False or None", subject="exchange")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -291,6 +304,7 @@ class _Load:
         )
         self.transport.compare(self.todo, self.todo.share(self.ranks))
         self.tensors = tensors_of(self.prepared.model, plan, self.prepared.walk)
+        check_memory(self.tensors)
 
     def facts(self) -> tuple[str, bool]:
         """What has to be equal on all ranks before any of them writes; whether this one would
@@ -323,6 +337,7 @@ class _Load:
     def give_up(self, error: BaseException) -> None:
         """Marks a model whose memory may have been written in part."""
         model = self.prepared.model
+        note_written(self.tensors.values())
         _origins.pop(model, None)
         # Another rank may have failed before this one has begun to write; that is not known.
         if any(not tensor.is_meta for tensor in self.tensors.values()):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lading.errors import CallError
+from lading import writing
+from lading.errors import CallError, DeclarationError, LadingError, PlanError
 from lading.ledger import Ledger, Place
 from lading.ledger import place_of as ledger_place
 from lading.nn.base import like
@@ -20,7 +21,16 @@ from lading.ranks import Ranks
 from lading.regions import Region
 from lading.targeting import tensors_of
 
-__all__ = ["Notes", "default_device", "install", "memory_for", "place_of"]
+__all__ = [
+    "Notes",
+    "check_memory",
+    "default_device",
+    "install",
+    "known_device",
+    "memory_for",
+    "note_written",
+    "place_of",
+]
 
 
 def memory_for(tensor: torch.Tensor, place: torch.device) -> torch.Tensor:
@@ -38,13 +48,7 @@ def place_of(device: torch.device | str | None, ranks: Ranks) -> torch.device:
     """
     if device is None:
         return default_device(ranks)
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        words = str(error).partition("\n")[0]
-        raise CallError(
-            f"is {device!r}, needs a device of torch ({words})", subject="device"
-        ) from None
+    place = known_device(device)
     if place.type == "meta":
         raise CallError("is meta, needs one that has memory", subject="device")
     if place.type != "cuda":
@@ -52,6 +56,17 @@ def place_of(device: torch.device | str | None, ranks: Ranks) -> torch.device:
     if not torch.cuda.is_available():
         raise CallError(f"is {str(place)!r}, but this process sees no GPU", subject="device")
     return default_device(ranks) if place.index is None else place
+
+
+def known_device(device: torch.device | str) -> torch.device:
+    """Raises a CallError for a device that torch does not know."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        words = str(error).partition("\n")[0]
+        raise CallError(
+            f"is {device!r}, needs a device of torch ({words})", subject="device"
+        ) from None
 
 
 def default_device(ranks: Ranks) -> torch.device:
@@ -95,6 +110,44 @@ class Notes:
                 tensor.stored_order = ()  # the file had its dims in the order that they have now
 
 
+def check_memory(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises a PlanError with all parameters whose elements share memory, with one another or with
+    another parameter's: whatever is written last would be in both.
+
+    Of tensors that are not row-major only the first element is looked at: what lies between theirs
+    may be another's.
+    """
+    problems: list[LadingError] = []
+    spans: list[tuple[str, int, int, str]] = []
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.device.type not in ("cpu", "cuda") or not tensor.numel():
+            continue
+        if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            fact = "has elements that share memory (it was expanded), needs one place for each"
+            problems.append(DeclarationError(fact, subject=name))
+            continue
+        spans.append((str(tensor.device), *writing.memory_of(tensor), name))
+    reached: tuple[str, int, str] = ("", 0, "")
+    for device, first, stop, name in sorted(spans):
+        if device == reached[0] and first < reached[1]:
+            fact = f"lies in the memory of {reached[2]}, needs its own"
+            hint = "register one nn.Parameter under both names, or give each its own memory"
+            problems.append(DeclarationError(fact, subject=name, hint=hint))
+        if (device, stop) > reached[:2]:
+            reached = device, stop, name
+    if problems:
+        raise PlanError(problems, what="the model")
+
+
+def note_written(tensors: Iterable[torch.Tensor]) -> None:
+    """Tells autograd that tensors were written in place, by whatever means: a backward pass that
+    needs what was in them before then says so.
+    """
+    for tensor in tensors:
+        if not tensor.is_meta and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
 def install(
     model: nn.Module,
     plan: Plan,
@@ -111,6 +164,7 @@ def install(
     notes           of the tensors, where none is on meta and somebody has made them
     """
     tensors = tensors_of(model, plan, walk) if tensors is None else tensors
+    note_written(tensors.values())
     if any(tensor.is_meta for tensor in tensors.values()):
         for name, tensor in tensors.items():
             if tensor.is_meta:

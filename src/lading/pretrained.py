@@ -10,6 +10,7 @@ from lading import dtypes, models, owners
 from lading import ranks as ranks_module
 from lading.errors import CallError
 from lading.loading import PathLike, Prepared, Progress, run_load
+from lading.placing import known_device
 from lading.preflight import preflight
 from lading.ranks import Ranks
 from lading.transport import Limits
@@ -47,7 +48,7 @@ def from_pretrained(
     Raises a PlanError with every problem, the same on all ranks, before anything is read.
     """
     if ranks is None:
-        kind = torch.device(device).type if device is not None else None
+        kind = known_device(device).type if device is not None else None
         ranks_module.join_world(
             device_type=kind or ("cuda" if torch.cuda.is_available() else "cpu")
         )

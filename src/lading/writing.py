@@ -113,6 +113,14 @@ def address(tensor: torch.Tensor) -> int | None:
     return tensor.data_ptr() if tensor.is_contiguous() else None
 
 
+def memory_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of a tensor on that are its own alone: up to its last one
+    where its elements are row-major without gaps, else those of its first element.
+    """
+    first = tensor.data_ptr()
+    return first, first + (tensor.nbytes if tensor.is_contiguous() else tensor.element_size())
+
+
 def check_dtypes(source: torch.dtype, target: torch.dtype) -> None:
     """Raises a DtypeError where writing `source` values into `target` could lose them unnoticed."""
     if source == target:

@@ -10,11 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lading.checkpoint import (
     ByteReader,
+    Checkpoint,
     check_output,
     copy_file,
+    open_checkpoint,
     read_header,
     read_json,
     write_json,
@@ -314,3 +318,46 @@ def test_forgotten_files_are_read_again_and_no_further(tmp_path: Path) -> None:
     if before == 0:  # elsewhere the file system keeps its pages, or nobody says what is there
         assert after is not None
         assert 0 < after <= 64 * 2**10
+
+
+def refused(checkpoint: Checkpoint) -> str:
+    with checkpoint.reader() as reader:
+        assert reader.files is not None
+        with pytest.raises(FileError) as caught:
+            reader.files.descriptor("model.safetensors")
+        return str(caught.value)
+
+
+def test_a_file_with_another_header_of_the_same_size_is_another_file(tmp_path: Path) -> None:
+    """Two tensors have changed places: each read at its old offset would give the other."""
+    path = tmp_path / "model.safetensors"
+    one, two = torch.arange(6.0), torch.arange(6.0) + 10
+    save_file({"a": one, "b": two}, path)
+    checkpoint = open_checkpoint(tmp_path)
+    raw = path.read_bytes()
+    swapped = raw.replace(b'"a"', b'"c"').replace(b'"b"', b'"a"').replace(b'"c"', b'"b"')
+    for replace in (False, True):
+        if replace:
+            (tmp_path / "new").write_bytes(swapped)
+            os.replace(tmp_path / "new", path)
+        else:
+            path.write_bytes(swapped)
+        os.utime(path, ns=(1, 1))  # a clock that is too coarse to see the change would hide it
+        assert refused(checkpoint) == (
+            "model.safetensors: has another header than when the plan was made (it has changed "
+            "since). Try: plan again."
+        )
+        path.write_bytes(raw)
+
+
+def test_a_file_that_was_copied_or_touched_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(6.0)}, path)
+    checkpoint = open_checkpoint(tmp_path)
+    (tmp_path / "copy").write_bytes(path.read_bytes())
+    os.replace(tmp_path / "copy", path)
+    with checkpoint.reader() as reader:
+        assert reader.files is not None
+        assert reader.files.descriptor("model.safetensors") >= 0
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert "has another header" in refused(checkpoint)

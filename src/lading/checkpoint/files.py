@@ -9,6 +9,7 @@ operating system becomes a FileError with the system's own words and the file as
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lading.checkpoint.header import (
     PREFIX_BYTES,
@@ -38,6 +39,7 @@ from lading.errors import (
 
 __all__ = [
     "ByteReader",
+    "Stamp",
     "file_size",
     "list_folder",
     "load_torch_file",
@@ -96,37 +98,63 @@ def read_header(path: Path, *, name: str | None = None) -> Header:
 
     Raises FileError, or HeaderError with `name` (the path unless given) as its file.
     """
-    raw, size = _read_head(path, name)
+    raw, size, _ = _read_head(path, name)
     return _parsed(parse_header, raw, size, path, name)
 
 
-def read_entries(path: Path, *, name: str | None = None) -> tuple[Entries, int]:
-    """The same as plain values (`header.parse_entries`), and the size of the file. Raises as
-    `read_header` does.
+def read_entries(path: Path, *, name: str | None = None) -> tuple[Entries, int, Stamp]:
+    """The same as plain values (`header.parse_entries`), the size of the file, and what tells it
+    from another. Raises as `read_header` does.
     """
-    raw, size = _read_head(path, name)
-    return _parsed(parse_entries, raw, size, path, name), size
+    raw, size, stamp = _read_head(path, name)
+    return _parsed(parse_entries, raw, size, path, name), size, stamp
 
 
 def read_header_bytes(path: Path, *, name: str | None = None) -> tuple[bytes, Header]:
     """The first bytes of a safetensors file as they are (its length and its header), and the
     checked header in them. Raises as `read_header` does.
     """
-    raw, size = _read_head(path, name)
+    raw, size, _ = _read_head(path, name)
     header = _parsed(parse_header, raw, size, path, name)
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw, header
 
 
-def _read_head(path: Path, name: str | None) -> tuple[bytes, int]:
-    """What follows the header's length, and the size of the file."""
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one whose header was read, of whatever size it is.
+
+    status   its device, inode and time of change: while they are equal it is
+    digest   of its header, which decides where they are not: a copy, a file that was touched
+    """
+
+    status: tuple[int, int, int]
+    digest: bytes
+
+    @staticmethod
+    def of(fd: int, raw: bytes) -> Stamp:
+        """Of an open file with this header."""
+        return Stamp(_status(fd), hashlib.blake2b(raw, digest_size=16).digest())
+
+
+def _status(fd: int) -> tuple[int, int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _read_head(path: Path, name: str | None) -> tuple[bytes, int, Stamp]:
+    """What follows the header's length, the size of the file, and its stamp."""
     name = os.fspath(path) if name is None else name
     with _opened(path, name) as (fd, size):
-        prefix = bytearray(min(PREFIX_BYTES, size))
-        _read_exact(fd, memoryview(prefix), 0, name, size)
-        length = _parsed(header_length, bytes(prefix), size, path, name)
-        raw = bytearray(length)
-        _read_exact(fd, memoryview(raw), PREFIX_BYTES, name, size)
-        return bytes(raw), size
+        raw = _head_of(fd, size, path, name)
+        return raw, size, Stamp.of(fd, raw)
+
+
+def _head_of(fd: int, size: int, path: Path, name: str) -> bytes:
+    prefix = bytearray(min(PREFIX_BYTES, size))
+    _read_exact(fd, memoryview(prefix), 0, name, size)
+    length = _parsed(header_length, bytes(prefix), size, path, name)
+    raw = bytearray(length)
+    _read_exact(fd, memoryview(raw), PREFIX_BYTES, name, size)
+    return bytes(raw)
 
 
 def _parsed(
@@ -145,15 +173,19 @@ class ByteReader:
     folder       where they are
     file_bytes   the size that each file had when its header was read; a file of another size is
                  another file, and is refused
+    stamps       of the files whose headers are known: one with another header is refused too
 
     Each file is opened at its first read and stays open until `close`, which must come after the
     last read has returned. `bytes_read` counts what was delivered.
     """
 
-    def __init__(self, folder: str, file_bytes: Mapping[str, int]) -> None:
+    def __init__(
+        self, folder: str, file_bytes: Mapping[str, int], stamps: Mapping[str, Stamp] | None = None
+    ) -> None:
         self.folder = folder
         self.bytes_read = 0
         self._file_bytes = dict(file_bytes)
+        self._stamps = dict(stamps or {})
         self._fds: dict[str, int] = {}
         self._direct_fds: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -247,11 +279,26 @@ class ByteReader:
                 raise CallError("is not a file of this checkpoint", subject=file)
             if file not in self._fds:  # another thread may have been first
                 fd, size = _open(os.path.join(self.folder, file), file)
-                if size != self._file_bytes[file]:
+                try:
+                    self._check(fd, size, file)
+                except BaseException:
                     os.close(fd)
-                    raise _changed(file, size, self._file_bytes[file])
+                    raise
                 self._fds[file] = fd
             return self._fds[file]
+
+    def _check(self, fd: int, size: int, file: str) -> None:
+        """Raises a FileError where it is not the file that was planned for."""
+        if size != self._file_bytes[file]:
+            raise _changed(file, size, self._file_bytes[file])
+        stamp = self._stamps.get(file)
+        if stamp is None or stamp.status == _status(fd):
+            return
+        with contextlib.suppress(LadingError):  # it has no header any more
+            if Stamp.of(fd, _head_of(fd, size, file, file)).digest == stamp.digest:
+                return
+        fact = "has another header than when the plan was made (it has changed since)"
+        raise FileError(fact, subject=file, hint="plan again")
 
 
 def load_torch_file(path: Path, *, name: str, file_bytes: int | None = None) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lading.checkpoint.files import file_size, read_entries, read_json
+from lading.checkpoint.files import Stamp, file_size, read_entries, read_json
 from lading.checkpoint.folder import Entry, find_entry, is_safetensors, parse_weight_map
 from lading.checkpoint.sources import Checkpoint, Source, sources_in
 from lading.collecting import uncollected
@@ -35,6 +35,7 @@ class _Contents:
     sources: Mapping[str, Source]
     file_bytes: int
     metadata: Mapping[str, str]
+    stamp: Stamp | None = None
 
 
 @uncollected()
@@ -74,6 +75,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, with_config: bool = True) -
         tensors=tensors,
         file_bytes={file: found.file_bytes for file, found in contents.items()},
         metadata={file: found.metadata for file, found in contents.items()},
+        stamps={file: found.stamp for file, found in contents.items() if found.stamp is not None},
         config=config,
         format="safetensors" if all(map(is_safetensors, files)) else "torch",
     )
@@ -133,8 +135,9 @@ def _read_file(folder: str, file: str, problems: list[LadingError]) -> _Contents
         found, size, bad = torch_sources(folder, file)
         problems += bad
         return _Contents(sources={s.name: s for s in found}, file_bytes=size, metadata={})
-    (rows, metadata), size = read_entries(os.path.join(folder, file), name=file)
-    return _Contents(sources=sources_in(rows, file), file_bytes=size, metadata=metadata)
+    (rows, metadata), size, stamp = read_entries(os.path.join(folder, file), name=file)
+    sources = sources_in(rows, file)
+    return _Contents(sources=sources, file_bytes=size, metadata=metadata, stamp=stamp)
 
 
 def _merge(contents: Mapping[str, _Contents], problems: list[LadingError]) -> dict[str, Source]:

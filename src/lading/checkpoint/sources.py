@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from lading.checkpoint.files import ByteReader
+from lading.checkpoint.files import ByteReader, Stamp
 from lading.checkpoint.header import Header, Row, storage_shape
 from lading.records import quick
 
@@ -117,6 +117,7 @@ class Checkpoint:
     file_bytes   the size of each file that has tensors
     metadata     the `__metadata__` of each file; empty for torch files
     config       config.json, None where there is none
+    stamps       of safetensors files: one that has got another header since is not read
     served_by    what has the bytes where `folder` has other files than these: a pre-sharded folder
     """
 
@@ -126,6 +127,7 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]]
     config: Mapping[str, Any] | None
     format: Literal["safetensors", "torch"]
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
     served_by: Server | None = field(default=None, compare=False)
 
     @property
@@ -139,7 +141,7 @@ class Checkpoint:
         if self.served_by is not None:
             return self.served_by.reader()
         if self.format == "safetensors":
-            return SafetensorsReader(self.folder, self.file_bytes)
+            return SafetensorsReader(self.folder, self.file_bytes, self.stamps)
         from lading.checkpoint.torch_files import TorchReader
 
         return TorchReader(self.folder, self.file_bytes)
@@ -148,8 +150,10 @@ class Checkpoint:
 class SafetensorsReader:
     """A Reader of safetensors files."""
 
-    def __init__(self, folder: str, file_bytes: Mapping[str, int]) -> None:
-        self._bytes = ByteReader(folder, file_bytes)
+    def __init__(
+        self, folder: str, file_bytes: Mapping[str, int], stamps: Mapping[str, Stamp] | None = None
+    ) -> None:
+        self._bytes = ByteReader(folder, file_bytes, stamps)
 
     @property
     def bytes_read(self) -> int:
