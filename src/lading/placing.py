@@ -118,25 +118,33 @@ def check_memory(tensors: Mapping[str, torch.Tensor]) -> None:
     may be another's.
     """
     problems: list[LadingError] = []
-    spans: list[tuple[str, int, int, str]] = []
+    spans: dict[torch.device, list[tuple[int, int, str]]] = {}
     for name, tensor in tensors.items():
-        if tensor.is_meta or tensor.device.type not in ("cpu", "cuda") or not tensor.numel():
+        device = tensor.device
+        if device.type not in ("cpu", "cuda"):
             continue
-        if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        if not tensor.is_contiguous() and _is_expanded(tensor):
             fact = "has elements that share memory (it was expanded), needs one place for each"
             problems.append(DeclarationError(fact, subject=name))
             continue
-        spans.append((str(tensor.device), *writing.memory_of(tensor), name))
-    reached: tuple[str, int, str] = ("", 0, "")
-    for device, first, stop, name in sorted(spans):
-        if device == reached[0] and first < reached[1]:
-            fact = f"lies in the memory of {reached[2]}, needs its own"
-            hint = "register one nn.Parameter under both names, or give each its own memory"
-            problems.append(DeclarationError(fact, subject=name, hint=hint))
-        if (device, stop) > reached[:2]:
-            reached = device, stop, name
+        first, stop = writing.memory_of(tensor)
+        if stop > first:
+            spans.setdefault(device, []).append((first, stop, name))
+    for of_device in spans.values():
+        reached, other = 0, ""
+        for first, stop, name in sorted(of_device):
+            if first < reached:
+                fact = f"lies in the memory of {other}, needs its own"
+                hint = "register one nn.Parameter under both names, or give each its own memory"
+                problems.append(DeclarationError(fact, subject=name, hint=hint))
+            if stop > reached:
+                reached, other = stop, name
     if problems:
         raise PlanError(problems, what="the model")
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def note_written(tensors: Iterable[torch.Tensor]) -> None:
