@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -9,6 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +70,12 @@ def sleeps(ranks: Ranks, folder: str) -> None:
     time.sleep(600)
 
 
+def holds_the_gil(ranks: Ranks, folder: str) -> None:
+    """As torch does while it waits for a file in a folder that is gone."""
+    Path(folder, f"rank-{os.getpid()}").touch()
+    ctypes.PyDLL(None).sleep(600)
+
+
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where temporary files go; nothing may be left there."""
@@ -78,6 +89,12 @@ def is_alive(pid: int) -> bool:
             return stream.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_one_rank_runs_here() -> None:
@@ -128,9 +145,17 @@ def test_one_error_of_all_ranks() -> None:
         launch.run_ranks(all_raise, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "work"),
+    [
+        (signal.SIGINT, sleeps),
+        (signal.SIGTERM, sleeps),
+        (signal.SIGKILL, sleeps),
+        (signal.SIGKILL, holds_the_gil),
+    ],
+)
 def test_a_signal_to_the_command_ends_all_ranks(
-    tmp_path: Path, number: signal.Signals, request: pytest.FixtureRequest
+    tmp_path: Path, number: signal.Signals, work: Any, request: pytest.FixtureRequest
 ) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -139,7 +164,7 @@ def test_a_signal_to_the_command_ends_all_ranks(
         "cli.app.registered_commands.clear()\n"
         "@cli.app.command()\n"
         "def wait(folder: str) -> None:\n"
-        "    launch.run_ranks(test_launch.sleeps, 2, (folder,))\n"
+        f"    launch.run_ranks(test_launch.{work.__name__}, 2, (folder,))\n"
         "if __name__ == '__main__':\n"
         f"    sys.argv = ['lading', 'wait', {str(marks)!r}]\n"
         "    cli.main()\n"
@@ -162,12 +187,13 @@ def test_a_signal_to_the_command_ends_all_ranks(
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+    pids = [int(mark.name.removeprefix("rank-")) for mark in marks.iterdir()]
+    request.addfinalizer(lambda: kill_all(pids))
     if number == signal.SIGINT:  # as a terminal does
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=SECONDS)
-    pids = [int(mark.name.removeprefix("rank-")) for mark in marks.iterdir()]
     deadline = time.monotonic() + SECONDS
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
@@ -176,6 +202,93 @@ def test_a_signal_to_the_command_ends_all_ranks(
         assert process.returncode == 128 + number
         assert "Traceback" not in errors
         assert [entry for entry in temporary.iterdir() if entry.name.startswith("lading")] == []
+
+
+class _Stop(Exception):
+    """What the handlers of these tests raise."""
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal whose handler raises."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Stop
+
+    before = signal.signal(request.param, stop)
+    yield request.param
+    assert signal.signal(request.param, before) is stop
+
+
+def test_an_interrupted_start_leaves_no_process(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the server of processes is asked for the second rank's number."""
+    pids: list[int] = []
+    read: Callable[[int], int] = vars(forkserver)["read_signed"]
+
+    def interrupted(fd: int) -> int:
+        value = read(fd)
+        if value > 0:  # a process's number, not its exit code
+            pids.append(value)
+            if len(pids) == 2:
+                signal.raise_signal(number)
+        return value
+
+    monkeypatch.setattr(forkserver, "read_signed", interrupted)
+    try:
+        with pytest.raises(_Stop):
+            launch.run_ranks(places, 2)
+        assert len(pids) == 2
+        assert not any(map(is_alive, pids))
+    finally:
+        kill_all(pids)
+
+
+def test_an_interrupt_outlives_a_start_that_fails(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(process: BaseProcess) -> None:
+        signal.raise_signal(number)
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", fails)
+    with pytest.raises(_Stop) as caught:
+        launch.run_ranks(places, 2)
+    assert isinstance(caught.value.__context__, OSError)
+
+
+def test_the_second_interrupt_of_a_start_is_not_held_back(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may hang."""
+    steps = []
+
+    def hangs(process: BaseProcess) -> None:
+        for step in range(3):
+            signal.raise_signal(number)
+            steps.append(step)
+
+    monkeypatch.setattr("multiprocessing.context.ForkServerProcess.start", hangs)
+    with pytest.raises(_Stop):
+        launch.run_ranks(places, 2)
+    assert steps == [0]
+
+
+def test_an_interrupt_while_the_server_starts_is_not_lost(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def starts() -> None:
+        os.kill(os.getpid(), number)
+        done.append(number)
+
+    monkeypatch.setattr(forkserver, "ensure_running", starts)
+    with pytest.raises(_Stop):
+        launch.warm_up(2)
+    assert done == ([number] if number == signal.SIGINT else [])
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_any_error_of_a_rank_of_torchrun_is_told_to_all(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_all_start_methods, get_context, parent_process
+from multiprocessing import connection, get_all_start_methods, get_context
 from typing import TYPE_CHECKING, Any
 
 from lading import ranks as ranks_module
@@ -31,6 +31,7 @@ from lading.ranks import Ranks, all_ranks
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
+    from types import FrameType
 
     from lading.exports.verb import ExportReport
     from lading.loading import LoadReport
@@ -91,25 +92,40 @@ def run_ranks(
 def warm_up(tp_size: int) -> None:
     """Lets the server of processes import torch while the caller goes on with something else."""
     if tp_size > 1 and join_size() is None and _start_method() == "forkserver":
-        from multiprocessing import forkserver
+        from multiprocessing import forkserver, resource_tracker
 
         get_context("forkserver").set_forkserver_preload(list(PRELOADED))
-        with _deaf():  # the server inherits it, and a Ctrl-C while it imports is not its business
+        resource_tracker.ensure_running()  # here, as its start unblocks SIGINT
+        # The server inherits it: a Ctrl-C is not its business. Here it comes late, but it comes.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
-    """SIGINT is ignored, by this process and those that it starts meanwhile."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say so
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _held_back() -> Iterator[None]:
+    """The first SIGINT or SIGTERM is handled after the block; another one at once."""
+    main = threading.current_thread() is threading.main_thread()  # only there handlers run
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+    handlers: dict[int, Any] = {n: h for n in numbers if callable(h := signal.getsignal(n))}
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:  # the server of processes may hang: the user is let go
+            handlers[number](number, frame)
+        held.append(number)
+
     try:
+        for number in handlers:
+            signal.signal(number, hold)
         yield
     finally:
-        # None: a handler that Python did not set, and cannot set again.
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _start_method() -> str:
@@ -159,19 +175,24 @@ def _start(work: Work, tp_size: int, args: Sequence[Any], device: str | None) ->
         meeting = os.path.join(folder, "ranks")
         processes: list[BaseProcess] = []
         pipes: list[Connection] = []
+        lifelines: list[Connection] = []
         try:
             for ranks in all_ranks(tp_size):
                 receiving, sending = context.Pipe(duplex=False)
+                theirs, ours = context.Pipe(duplex=False)
+                pipes.append(receiving)
+                lifelines.append(ours)
                 process = context.Process(
                     target=_run_one,
-                    args=(sending, work, ranks, tuple(args), meeting, device),
+                    args=(sending, theirs, work, ranks, tuple(args), meeting, device),
                     name=f"lading rank {ranks.tp_rank}",
                     daemon=True,
                 )
-                process.start()
+                with _held_back():  # a process whose start is cut short is nobody's to end
+                    process.start()
+                    processes.append(process)
                 sending.close()
-                processes.append(process)
-                pipes.append(receiving)
+                theirs.close()
             outcomes = _collect(processes, pipes)
         finally:
             for process in processes:
@@ -179,7 +200,7 @@ def _start(work: Work, tp_size: int, args: Sequence[Any], device: str | None) ->
             for process in processes:
                 process.join()
                 process.close()
-            for pipe in pipes:
+            for pipe in (*pipes, *lifelines):
                 pipe.close()
     return _results(outcomes)
 
@@ -216,7 +237,6 @@ class _DiedError(RankError):
 
 def _died(process: BaseProcess) -> RankError:
     code, rank = process.exitcode, int(process.name.rpartition(" ")[2])
-    hint = None
     if code is not None and code < 0:
         try:
             how = f"was killed by {signal.Signals(-code).name}"
@@ -226,7 +246,7 @@ def _died(process: BaseProcess) -> RankError:
             how += ", as the system does when memory runs out"
     else:
         how = f"ended with exit code {code} and no result"
-    error = _DiedError(f"the process {how}; the other ranks were stopped", hint=hint)
+    error = _DiedError(f"the process {how}; the other ranks were stopped")
     error.rank = rank
     return error
 
@@ -253,6 +273,7 @@ def _results(outcomes: dict[int, Any]) -> list[Any]:
 
 def _run_one(
     pipe: Connection,
+    lifeline: Connection,
     work: Work,
     ranks: Ranks,
     args: tuple[Any, ...],
@@ -261,7 +282,7 @@ def _run_one(
 ) -> None:
     """The life of one rank's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends all
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent(lifeline)
     try:
         _join_file(meeting, ranks, device)
         outcome = work(ranks, *args)
@@ -314,10 +335,24 @@ def device_of(ranks: Ranks, device: str | None) -> str:
     return "cpu"
 
 
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
+def _end_with_parent(lifeline: Connection) -> None:
+    """Ends this process when the other end of `lifeline`, the parent's alone, is closed.
+
+    By the kernel's SIGIO, as a thread needs the GIL, and torch holds it for minutes while it waits
+    for a file in a folder that is gone. Nothing is ever written: only the end gives a signal.
+    """
+    if sys.platform == "linux":  # elsewhere SIGIO is ignored by default
+        import fcntl
+
+        signal.signal(signal.SIGIO, signal.SIG_DFL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+        _end_at_close(lifeline, 0)  # it may have been closed before
+    threading.Thread(target=_end_at_close, args=(lifeline, None), daemon=True).start()
+
+
+def _end_at_close(lifeline: Connection, timeout: float | None) -> None:
+    if lifeline.poll(timeout):
         os._exit(1)
 
 
@@ -360,11 +395,7 @@ class RankLoad:
 
 
 def load_rank(
-    ranks: Ranks,
-    path: str,
-    dtype: str | None,
-    device: str | None,
-    straddle: str = "duplicate",
+    ranks: Ranks, path: str, dtype: str | None, device: str | None, straddle: str = "duplicate"
 ) -> RankLoad:
     """The work of each rank of `lading load`."""
     return load_model(ranks, path, dtype, device, straddle=straddle)[1]
