@@ -52,6 +52,7 @@ def read_object(value: object, at: str, keys: str, optional: str = "") -> dict[s
 
 
 def read_mapping(value: object, at: str) -> dict[str, Any]:
+    """An object. Raises a PlanFileError that names the place `at`, as all of these do."""
     if not isinstance(value, dict):
         fail(at, f"is {short(value)}, needs an object")
     for key in value:
@@ -61,6 +62,7 @@ def read_mapping(value: object, at: str) -> dict[str, Any]:
 
 
 def read_items(value: object, at: str) -> list[Any]:
+    """A list of anything."""
     if not isinstance(value, list):
         fail(at, f"is {short(value)}, needs a list")
     return value
@@ -81,22 +83,26 @@ def _parsed(parse: Callable[[object, str], _T], value: object, at: str) -> _T:
 
 
 def read_int(value: object, at: str, *, at_least: int = 0, at_most: int = MAX_INT) -> int:
+    """An int in a range; true is none."""
     if type(value) is not int or not at_least <= value <= at_most:
         fail(at, f"is {short(value)}, needs an int from {at_least} to {at_most}")
     return value
 
 
 def read_bool(value: object, at: str) -> bool:
+    """true or false; 1 is neither."""
     if not isinstance(value, bool):
         fail(at, f"is {short(value)}, needs true or false")
     return value
 
 
 def read_text(value: object, at: str) -> str:
+    """A string."""
     if not isinstance(value, str):
         fail(at, f"is {short(value)}, needs a string")
     return value
 
 
 def fail(at: str, fact: str) -> NoReturn:
+    """Raises the PlanFileError of the place `at`."""
     raise PlanFileError(fact, subject=at)

@@ -351,6 +351,7 @@ class _Load:
         _origins[model] = Origin(plan=plan, checkpoint=self.prepared.checkpoint)
 
     def report(self, moved: Moved, seconds: float) -> LoadReport:
+        """What was done, in so many seconds of wall time."""
         return LoadReport(
             ranks=self.ranks,
             read_bytes=moved.read_bytes,
@@ -387,6 +388,7 @@ class _Aside:
 
     @staticmethod
     def of(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> _Aside:
+        """Of a plan and the tensors that it fills."""
         totals = {
             "checkpoint_bytes": plan.checkpoint_bytes(),
             "parameter_bytes": plan.parameter_bytes(),

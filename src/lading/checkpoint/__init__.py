@@ -28,7 +28,7 @@ from lading.checkpoint.header import (
 from lading.checkpoint.index import open_checkpoint
 from lading.checkpoint.outline import Outline, outline_like, outline_new
 from lading.checkpoint.output import OutputFolder, check_output_folder
-from lading.checkpoint.sources import Checkpoint, Reader, Source, sources_of
+from lading.checkpoint.sources import Checkpoint, Reader, Source, source_of, sources_of
 from lading.checkpoint.writers import FileWriter, check_output, copy_file, write_json
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "read_header",
     "read_header_bytes",
     "read_json",
+    "source_of",
     "sources_of",
     "storage_shape",
     "write_json",

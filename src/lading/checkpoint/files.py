@@ -376,6 +376,7 @@ def _open(path: Path, name: str) -> tuple[int, int]:
 
 
 def kind_of(mode: int) -> str:
+    """What is there instead of a file, in words, by the `st_mode` of its status."""
     return "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
 
 
@@ -424,5 +425,6 @@ def _changed(name: str, size: int, planned: int) -> FileError:
 
 
 def os_error(verb: str, error: OSError | ValueError, name: str) -> FileError:
+    """The system's own words: `os_error("opened", error, "x")` -> "x: cannot be opened: ..."."""
     words = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return FileError(f"cannot be {verb}: {words}", subject=name)

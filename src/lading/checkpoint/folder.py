@@ -63,6 +63,7 @@ class _Stem:
 
 
 def is_safetensors(file: str) -> bool:
+    """By its name, as everybody tells them from torch's own."""
     return file.endswith(".safetensors")
 
 

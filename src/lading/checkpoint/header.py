@@ -75,6 +75,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        """Of the tensor as it is stored."""
         return self.stop - self.start
 
     @property

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from lading.checkpoint.files import ByteReader, Stamp
-from lading.checkpoint.header import Header, Row, storage_shape
+from lading.checkpoint.header import Header, Row, TensorInfo, storage_shape
 from lading.records import quick
 
 __all__ = ["Checkpoint", "Reader", "SafetensorsReader", "Source"]
@@ -47,17 +47,19 @@ class Source:
 
 def sources_of(header: Header, file: str) -> dict[str, Source]:
     """The tensors of a safetensors file, by name, in the order of its bytes."""
-    return {
-        name: Source(
-            name=name,
-            dtype=info.dtype,
-            shape=info.shape,
-            file=file,
-            offset_bytes=info.start,
-            num_bytes=info.num_bytes,
-        )
-        for name, info in header.tensors.items()
-    }
+    return {name: source_of(name, info, file) for name, info in header.tensors.items()}
+
+
+def source_of(name: str, info: TensorInfo, file: str) -> Source:
+    """One tensor of a safetensors file: its name there, and its entry in the header."""
+    return Source(
+        name=name,
+        dtype=info.dtype,
+        shape=info.shape,
+        file=file,
+        offset_bytes=info.start,
+        num_bytes=info.num_bytes,
+    )
 
 
 def sources_in(rows: Iterable[Row], file: str) -> dict[str, Source]:

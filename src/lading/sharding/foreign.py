@@ -26,7 +26,7 @@ from dataclasses import replace
 from typing import Any
 
 from lading import dtypes, models
-from lading.checkpoint import Source, outline_new, read_header, read_json
+from lading.checkpoint import Source, outline_new, read_header, read_json, source_of
 from lading.checkpoint.files import file_size, list_folder
 from lading.errors import (
     CallError,
@@ -178,14 +178,7 @@ def _tensors(
             if name in found:
                 fact = f"is the name of {found[name].name!r} and of {stored!r}, needs one"
                 raise CallError(fact, subject=name, file=file)
-            found[name] = Source(
-                name=stored,
-                dtype=info.dtype,
-                shape=info.shape,
-                file=file,
-                offset_bytes=info.start,
-                num_bytes=info.num_bytes,
-            )
+            found[name] = source_of(stored, info, file)
     return found
 
 

@@ -40,13 +40,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from lading.checkpoint import (
-    Header,
-    Source,
-    TensorInfo,
-    header_length,
-    parse_header,
-)
+from lading.checkpoint import Header, Source, header_length, parse_header, source_of
 from lading.checkpoint.header import PREFIX_BYTES
 from lading.errors import HeaderError, PlanFileError
 from lading.json_values import (
@@ -184,21 +178,10 @@ class Manifest:
 def sources_of(files: Sequence[OriginalFile]) -> dict[str, Source]:
     """The tensors of the original files, in the order of files and bytes. Raises a HeaderError."""
     return {
-        name: _source(name, info, file.name)
+        name: source_of(name, info, file.name)
         for file in files
         for name, info in file.parsed().tensors.items()
     }
-
-
-def _source(name: str, info: TensorInfo, file: str) -> Source:
-    return Source(
-        name=name,
-        dtype=info.dtype,
-        shape=info.shape,
-        file=file,
-        offset_bytes=info.start,
-        num_bytes=info.num_bytes,
-    )
 
 
 # --------------------------------------------------------------------------------------------- JSON
@@ -394,7 +377,7 @@ def _sources(files: Sequence[OriginalFile]) -> dict[str, Source]:
         for name, info in tensors.items():
             if name in found:
                 fail(f"files[{i}].header", f"has {name!r}, which {found[name].file} has, too")
-            found[name] = _source(name, info, file.name)
+            found[name] = source_of(name, info, file.name)
     return found
 
 

@@ -286,6 +286,7 @@ def _needed_values(check: Check, start: int, size: int) -> torch.Tensor:
 
 
 def position(source: Source, copy: Copy) -> tuple[str, int]:
+    """The file of a copy's first element, and its byte there: the order in which files are read."""
     return source.file, source.offset_bytes + copy.source_region.runs().first * _element_bytes(
         source
     )
